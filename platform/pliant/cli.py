@@ -1,0 +1,234 @@
+"""The command line: `pliant train|spectrum|calibrate|export`, and the end of every recipe file.
+
+A user's mistake is one sentence on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+from pliant.experiment import Calibration, Experiment
+from pliant.recipe import Point, Width, parse_point
+
+_COMMANDS = {
+    "train": "train a recipe file: pliant train recipes/usnet_mbv2.py --data.root /imagenet",
+    "spectrum": "accuracy and cost of a run's network at many points: pliant spectrum RUN",
+    "calibrate": "batch-norm statistics of points: pliant calibrate RUN --at 0.5",
+    "export": "an ordinary network at one point: pliant export RUN --at 0.5",
+}
+
+Run = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Which network of a run, at which points, on which images."""
+
+    run: Run
+    """Folder of the run, as train named it."""
+    at: tuple[str, ...] = ()
+    """Points, for instance 0.35 0.5 1.0, or a range with its step: 0.35:0.05:1.0. Default: the recipe's own."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """best: by the held-out split."""
+    root: Path | None = None
+    """Where the dataset lies now, if it has moved."""
+    images: int | None = None
+    """Training images to calibrate batch norm on, 0 for all; default: as the run's experiment says."""
+    average: Literal["pooled", "cumulative", "moving"] | None = None
+    """How their statistics are averaged; default: as the run's experiment says."""
+
+    def calibration(self, default: Calibration) -> Calibration:
+        """The run's calibration with what was asked for in its place."""
+        asked = {name: value for name in ("images", "average") if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(default, **asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskSpectrum(Ask):
+    """Accuracy and cost of a run's network at many points, each image decoded once for all of them."""
+
+    split: Literal["auto", "val", "held_out"] = "auto"
+    """Which images; auto: the validation images, or the held-out ones where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskExport(Ask):
+    """An ordinary network at one point, its statistics folded in, without anything of Pliant."""
+
+    to: Path | None = None
+    """Folder to write to; default: export/POINT in the run's folder."""
+    formats: tuple[Literal["safetensors", "onnx", "torch"], ...] = ("safetensors", "onnx", "torch")
+    """safetensors: weights under ordinary names. onnx: for other runtimes. torch: a torch.export program."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `pliant` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given[0] if given else "--help"
+    if command == "train":
+        _guard(lambda: _train_command(given[1:]))
+    elif command == "spectrum":
+        _guard(lambda: spectrum(tyro.cli(AskSpectrum, args=given[1:], prog="pliant spectrum")))
+    elif command == "calibrate":
+        _guard(lambda: _calibrate(tyro.cli(Ask, args=given[1:], prog="pliant calibrate")))
+    elif command == "export":
+        _guard(lambda: _export(tyro.cli(AskExport, args=given[1:], prog="pliant export")))
+    else:
+        lines = "\n".join(f"  {name:<10} {text}" for name, text in _COMMANDS.items())
+        asked = command in ("-h", "--help")
+        print(
+            f"usage: pliant COMMAND …\n\n{lines}\n\npliant COMMAND --help says more.",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        sys.exit(0 if asked else EXIT_USER_ERROR)
+
+
+def run(experiment: Experiment, recipe_file: str, then: Callable[[Path], None] | None = None) -> None:
+    """The end of a recipe file: reads the command line over the file's experiment, and trains.
+
+    Args:
+        recipe_file: the file itself, kept in the run's folder.
+        then: called with the run's folder afterwards, on the first rank.
+    """
+    _guard(lambda: _train(experiment, Path(recipe_file), None, then))
+
+
+def _train_command(arguments: Sequence[str]) -> None:
+    from pliant import record
+
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(
+            "pliant train needs a recipe file first: write for instance pliant train recipes/usnet_mbv2.py."
+        )
+    path = Path(arguments[0])
+    experiment = getattr(record.load_recipe_file(path), "EXPERIMENT", None)
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"{path} is no recipe file: it must hold EXPERIMENT = Experiment(...), as those in recipes/ do."
+        )
+    _train(experiment, path, arguments[1:], None)
+
+
+def _train(
+    experiment: Experiment, recipe_file: Path, arguments: Sequence[str] | None, then: Callable[[Path], None] | None
+) -> None:
+    asked = tyro.cli(Experiment, default=experiment, args=arguments, description=f"Train {experiment.name}.")
+    from pliant.engine.session import train  # torch and all: only once the command line is known to be right
+
+    run = train(asked, recipe_file).path
+    if os.environ.get("RANK", "0") == "0":
+        if then is None:
+            print(f"Done. Its spectrum: pliant spectrum {run}")
+        else:
+            then(run)
+
+
+def spectrum(ask: AskSpectrum) -> None:
+    """Measures, prints a table, writes spectrum.json and spectrum.png and TensorBoard's scalars."""
+    from rich.console import Console
+
+    from pliant.engine.trained import opened, write_spectrum
+    from pliant.report import spectrum as report
+
+    with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
+        points = trained.checked(parse_points(ask.at))
+        split = ask.split
+        if split == "auto":
+            split = "held_out" if trained.feed.dataset.val is None else "val"
+        calibration = ask.calibration(trained.experiment.calibration)
+        lines = trained.measure(trained.at(points, calibration), split)
+        if not trained.ranks.first:
+            return
+        write_spectrum(trained, lines, calibration, split)
+    measured = report.read(ask.run)
+    picture = report.draw(measured, ask.run / "spectrum.png")
+    report.scalars(measured, ask.run)
+    console = Console()
+    console.print(report.table(measured))
+    console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
+
+
+def _calibrate(ask: Ask) -> None:
+    from pliant.engine.trained import opened
+
+    with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
+        points = trained.checked(parse_points(ask.at))
+        trained.at(points, ask.calibration(trained.experiment.calibration))
+        if trained.ranks.first:
+            print(f"{len(points)} points calibrated, in {trained.folder.path / 'calibration'}")
+
+
+def _export(ask: AskExport) -> None:
+    from pliant.engine.trained import opened
+    from pliant.export import export
+
+    points = parse_points(ask.at)
+    if len(points) != 1:
+        raise UserError(f"An export is of one point, and {len(points)} were given: write for instance --at 0.5.")
+    with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
+        (point,) = trained.checked(points)
+        net = trained.at([point], ask.calibration(trained.experiment.calibration))[point]
+        folder = ask.to or ask.run / "export" / str(point).replace("/", "_")
+        for path in export(trained, net, point, folder, ask.formats):
+            print(path)
+
+
+def parse_points(texts: Sequence[str]) -> list[Point]:
+    """Points from the command line: single ones, and ranges low:step:high with both ends.
+
+    Raises:
+        UserError: a text is neither.
+    """
+    points: list[Point] = []
+    for text in texts:
+        if ":" not in text:
+            points.append(parse_point(text))
+            continue
+        try:
+            low, step, high = (float(part) for part in text.split(":"))
+            count = round((high - low) / step)
+            if count < 0 or abs(low + count * step - high) > 1e-6:
+                raise ValueError
+        except (ValueError, ZeroDivisionError):
+            raise UserError(
+                f"{text!r} is no range of widths: write low:step:high, for instance 0.35:0.05:1.0."
+            ) from None
+        points += [Width(round(low + number * step, 6)) for number in range(count + 1)]
+    return points
+
+
+def _guard(action: Callable[[], None]) -> None:
+    """Runs it; what a user can mend becomes a sentence and an exit status."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    try:
+        action()
+    except UserError as error:
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except Interrupted as stop:
+        if rank == "0":
+            print(f"{stop}\nGo on with: {_again(sys.argv)}", flush=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """The command that goes on with this one."""
+    kept = list(arguments)
+    if "--resume" in kept:
+        place = kept.index("--resume")
+        del kept[place : place + 2]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    program = ["pliant"] if Path(kept[0]).name == "pliant" else ["python", kept[0]]
+    if ranks > 1:
+        program = ["torchrun", "--nproc_per_node", str(ranks), kept[0]]
+    return " ".join([*program, *kept[1:], "--resume", "auto"])

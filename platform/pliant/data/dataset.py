@@ -1,0 +1,113 @@
+"""The splits of a dataset: what trains, what is held out of training to choose by, what validates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pliant.data.index import Split
+from pliant.data.sources.cifar10 import open_cifar10
+from pliant.data.sources.folder import open_folder
+from pliant.errors import UserError
+from pliant.experiment import Data
+from pliant.randomness import philox
+
+GENERATED_MARK = "sample.json"
+"""Name of the file in a dataset's root that says that its images are generated."""
+
+SplitName = Literal["train", "held_out", "val"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The images of a run, not yet decoded."""
+
+    train: Split
+    """What a run learns from, without the images held out."""
+    held_out: Split | None
+    """Training images kept back; None where `data.held_out` is 0."""
+    val: Split | None
+    """Validation images, CIFAR-10's test images; None where there are none."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
+    num_classes: int
+    """Outputs that a network needs: `data.classes`, or as many as there are names."""
+    generated: bool = False
+    """Whether data/generate_sample.py drew the images: accuracies on them say nothing about photographs."""
+    generated: bool = False
+    """Rendered by data/generate_sample.py, not photographed: said wherever a result is shown."""
+
+    def split(self, name: SplitName) -> Split:
+        """The images of one split.
+
+        Raises:
+            UserError: there are none.
+        """
+        split: Split | None = getattr(self, name)
+        if split is not None:
+            return split
+        raise UserError(
+            "No training images are held out: write for instance --data.held-out 1000."
+            if name == "held_out"
+            else "The dataset has no validation images: add a folder val beside train, or write --data.held-out 1000."
+        )
+
+
+def open_dataset(data: Data, seed: int) -> Dataset:
+    """Find the images that `data` describes.
+
+    Args:
+        data: where they lie.
+        seed: of the run: it draws the images held out.
+
+    Raises:
+        UserError: they are not there, not laid out as expected or not readable; `data.classes` is smaller
+            than the number of classes found; `data.held_out` leaves nothing to train on.
+    """
+    train: Split
+    val: Split | None
+    if data.source == "cifar10":
+        train, val = open_cifar10(data.root)
+    else:
+        train, val = open_folder(data.root, data.class_list)
+    found = len(train.classes)
+    if data.classes is not None and data.classes < found:
+        raise UserError(
+            f"The dataset in {data.root} has {found} classes, more than the {data.classes} asked for: "
+            f"write --data.classes {found} or more."
+        )
+    held_out = None
+    if data.held_out:
+        kept_back = held_out_positions(train.labels, data.held_out, seed)
+        held_out, train = (
+            train.subset(kept_back),
+            train.subset(np.setdiff1d(np.arange(len(train)), kept_back)),
+        )
+    generated = data.root is not None and (data.root / "sample.json").is_file()
+    return Dataset(train, held_out, val, train.classes, data.classes or found, generated)
+
+
+def held_out_positions(labels: NDArray[np.int32], number: int, seed: int) -> NDArray[np.int64]:
+    """A fixed draw of positions, sorted, with as many images of each class as far as there are.
+
+    Raises:
+        UserError: `number` leaves nothing to train on.
+    """
+    images = len(labels)
+    if number >= images:
+        raise UserError(
+            f"Of {images} training images {number} cannot be held out, as none would be left to train on: "
+            f"write --data.held-out {images // 10} or another number below {images}."
+        )
+    generator = philox(seed, "held-out")
+    shuffled = generator.permutation(images)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, first = np.unique(labels[by_class], return_index=True)
+    lengths = np.diff(np.append(first, images))
+    rank_in_class = np.arange(images) - np.repeat(first, lengths)
+    # Round by round one image of each class, the classes of the last, unfinished round by lot.
+    taken = np.lexsort((generator.random(images), rank_in_class))[:number]
+    return np.sort(by_class[taken])

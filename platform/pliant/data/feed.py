@@ -1,0 +1,256 @@
+"""The images of a run, in the order and with the crops that its seed says, whoever asks for which of them.
+
+What is in a micro-batch depends on (seed, stage, step, index in the global batch) alone: ranks share out the
+indices, and a run is resumed by naming the step.
+
+Shapes: B images of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pliant.data.dataset import Dataset, SplitName, open_dataset
+from pliant.data.device import CIFAR10, IMAGENET, Finish
+from pliant.data.index import Index, Split
+from pliant.data.loaders import Loaded, Loader, Request
+from pliant.data.loaders.dali import DaliLoader, available
+from pliant.data.loaders.resident import ResidentLoader
+from pliant.data.loaders.torchvision import TorchvisionLoader
+from pliant.data.order import Order, steps_per_epoch
+from pliant.data.plan import Draws, Plan, centre_plan, padded_plan, training_plan, whole_plan
+from pliant.data.prefetch import Prefetch
+from pliant.errors import UserError
+from pliant.experiment import Batching, Data
+from pliant.randomness import philox
+
+__all__ = ["Batch", "Dataset", "Feed", "open_dataset"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images ready for a network."""
+
+    images: Tensor
+    """float32, normalised, (B, 3, H, W), channels last in memory, on the device."""
+    labels: Tensor
+    """int64, (B,), on the device."""
+    positions: Tensor
+    """int64, (B,), on the device: where each image stands in its split."""
+
+
+class Feed:
+    """Serves the batches of a dataset on one device; on a GPU, in its default stream."""
+
+    def __init__(
+        self, dataset: Dataset, data: Data, batching: Batching, *, seed: int, device: torch.device | str
+    ) -> None:
+        """Serve `dataset` as `data` and `batching` say.
+
+        Raises:
+            UserError: there are fewer training images than a step takes and the tail is dropped; or
+                `data.loader` is not installed.
+        """
+        self.dataset = dataset
+        self.data = data
+        self.batching = batching
+        self.seed = seed
+        self.device = torch.device(device)
+        images = len(dataset.train)
+        if images < batching.images and data.tail == "drop":
+            raise UserError(
+                f"A step takes {batching.images} images but there are only {images} to train on: "
+                f"write --batch.images {images} or less, or --data.tail wrap."
+            )
+        self.steps_per_epoch = steps_per_epoch(images, batching.images, data.tail)
+        """Steps of one pass over the training images."""
+        self.loader = _loader_name(dataset.train, data)
+        """What decodes: dali, torchvision or resident."""
+        self._order = Order(images, seed, data.tail)
+        self._finish = Finish(CIFAR10 if data.source == "cifar10" else IMAGENET, self.device)
+        self._loaders: dict[SplitName, Loader] = {}
+        self._loader_of("train")  # what is not installed is missed now
+
+    def training(
+        self, *, stage: int, first_step: int, last_step: int, micro_batches: Sequence[int]
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """The micro-batches of the steps `first_step` up to but not including `last_step`, augmented.
+
+        Args:
+            stage: index of the stage.
+            first_step: the first step, counted within the stage.
+            last_step: the step after the last.
+            micro_batches: this rank's indices in the global batch, in the order in which it takes them.
+
+        Returns:
+            To be entered with `with`: an iterator over the given micro-batches of the first step, of the
+            second, and so on; with `data.replay` over the very first, for ever. Leaving ends the background
+            thread.
+
+        Raises:
+            UserError: (from the iterator) a file cannot be decoded.
+        """
+
+        def requests() -> Iterator[Request]:
+            for step in range(first_step, last_step):
+                for micro_batch in micro_batches:
+                    yield self._training_request(stage, step, micro_batch)
+
+        return self._replayed(requests) if self.data.replay else self._served("train", requests)
+
+    def evaluation(
+        self, split: SplitName, *, batch: int, rank: int = 0, ranks: int = 1
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """Every image of a split once, over all ranks together, in its order and without augmentation.
+
+        Args:
+            split: which images.
+            batch: images of a batch; the very last may be shorter.
+            rank: takes the batches rank, rank + ranks, ...
+            ranks: how many share the split.
+
+        Raises:
+            UserError: the split has no images; or (from the iterator) a file cannot be decoded.
+        """
+        images = self.dataset.split(split)
+        batches = -(-len(images) // batch)
+
+        def requests() -> Iterator[Request]:
+            for number in range(rank, batches, ranks):
+                positions = np.arange(number * batch, min((number + 1) * batch, len(images)))
+                yield Request(positions, self._plain_plan(images, positions))
+
+        return self._served(split, requests)
+
+    def calibration(
+        self, *, images: int, batch: int, augment: bool, seed: int, rank: int = 0, ranks: int = 1
+    ) -> AbstractContextManager[Iterator[tuple[int, Batch]]]:
+        """A fixed draw of training images in a fixed order, with the index of each batch.
+
+        Args:
+            images: how many; 0, or more than there are, takes all of them.
+            batch: images of a batch; only where all images are taken the last may be shorter.
+            augment: crop and colour as in training, else as in validation.
+            seed: of the draw and of the augmentation.
+            rank: takes the batches rank, rank + ranks, ...
+            ranks: how many share the images.
+
+        Raises:
+            UserError: `images` are fewer than `batch`; or (from the iterator) a file cannot be decoded.
+        """
+        train = self.dataset.train
+        batches = self.calibration_batches(images, batch)
+        drawn = philox(seed, "calibration").permutation(len(train))
+
+        def requests() -> Iterator[Request]:
+            for number in range(rank, batches, ranks):
+                positions = drawn[number * batch : (number + 1) * batch]
+                draws = _keyed(seed, "calibration ", number)
+                plan = self._augmented_plan(train, positions, draws) if augment else self._plain_plan(train, positions)
+                yield Request(positions, plan)
+
+        return _numbered(range(rank, batches, ranks), self._served("train", requests))
+
+    def calibration_batches(self, images: int, batch: int) -> int:
+        """Batches that `calibration` gives over all ranks.
+
+        Raises:
+            UserError: `images` are fewer than `batch`.
+        """
+        there = len(self.dataset.train)
+        if images == 0 or images >= there:
+            return -(-there // batch)
+        if images < batch:
+            raise UserError(
+                f"Calibration on {images} images has no whole batch of {batch}: "
+                f"write --calibration.batch {images} or less, or more as --calibration.images."
+            )
+        return images // batch
+
+    def _training_request(self, stage: int, step: int, micro_batch: int) -> Request:
+        positions = self._order.samples(stage, step, micro_batch, self.batching)
+        draws = _keyed(self.seed, "", stage, step, micro_batch)
+        return Request(positions, self._augmented_plan(self.dataset.train, positions, draws))
+
+    def _augmented_plan(self, split: Split, positions: NDArray[np.int64], draws: Draws) -> Plan:
+        if isinstance(split, Index):
+            return training_plan(split.sizes[positions], self.data, draws)
+        return padded_plan(len(positions), split.images.shape[1], self.data, draws)
+
+    def _plain_plan(self, split: Split, positions: NDArray[np.int64]) -> Plan:
+        if isinstance(split, Index):
+            return centre_plan(split.sizes[positions], self.data)
+        return whole_plan(len(positions), split.images.shape[1])
+
+    def _loader_of(self, name: SplitName) -> Loader:
+        if name not in self._loaders:
+            split = self.dataset.split(name)
+            if not isinstance(split, Index):
+                self._loaders[name] = ResidentLoader(split, self.device)
+            elif self.loader == "dali":
+                self._loaders[name] = DaliLoader(split, self.data.threads, self.device)
+            else:
+                self._loaders[name] = TorchvisionLoader(split, self.data.threads, self.device)
+        return self._loaders[name]
+
+    @contextmanager
+    def _served(self, name: SplitName, requests: Callable[[], Iterator[Request]]) -> Iterator[Iterator[Batch]]:
+        loader, split = self._loader_of(name), self.dataset.split(name)
+
+        def loaded() -> Generator[Loaded, None, None]:
+            return loader.stream(requests())
+
+        def finished() -> Generator[Batch, None, None]:
+            with closing(loaded()) as stream:
+                for request, images in stream:
+                    yield self._batch(split, request, images)
+
+        if self.device.type == "cpu":
+            with Prefetch(finished, self.data.prefetch) as batches:
+                yield batches
+        else:
+            # For a GPU finishing is a few launches: made by the thread that makes the network's.
+            with Prefetch(loaded, self.data.prefetch) as ahead:
+                yield (self._batch(split, request, images) for request, images in ahead)
+
+    @contextmanager
+    def _replayed(self, requests: Callable[[], Iterator[Request]]) -> Iterator[Iterator[Batch]]:
+        with self._served("train", lambda: islice(requests(), 1)) as served:
+            first = list(served)
+        yield cycle(first)
+
+    def _batch(self, split: Split, request: Request, images: Tensor) -> Batch:
+        labels = torch.from_numpy(split.labels[request.positions].astype(np.int64))
+        return Batch(
+            images=self._finish(images, request.plan),
+            labels=labels.to(self.device, non_blocking=True),
+            positions=torch.from_numpy(request.positions).to(self.device, non_blocking=True),
+        )
+
+
+@contextmanager
+def _numbered(
+    numbers: Sequence[int], served: AbstractContextManager[Iterator[Batch]]
+) -> Iterator[Iterator[tuple[int, Batch]]]:
+    with served as batches:
+        yield zip(numbers, batches, strict=False)
+
+
+def _keyed(seed: int, prefix: str, *counters: int) -> Draws:
+    return lambda purpose: philox(seed, prefix + purpose, *counters)
+
+
+def _loader_name(split: Split, data: Data) -> str:
+    if not isinstance(split, Index):
+        return "resident"
+    if data.loader == "auto":
+        return "dali" if available() else "torchvision"
+    return data.loader

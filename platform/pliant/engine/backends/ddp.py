@@ -1,0 +1,48 @@
+"""DistributedDataParallel over several passes: one bucketed reduction per step, during the last backward.
+
+DDP reduces the parameters that took part in its last backward. The engine's anchor makes every learning parameter
+take part in it, on every rank, so nothing stays local and no parameter has to be searched for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pliant.engine.ranks import Ranks
+from pliant.recipe import Pass
+
+
+class _NextPass(nn.Module):
+    """Runs the recipe's own code inside DDP's forward, which decides there whether this backward reduces.
+
+    So a recipe is handed the bare network, with all its methods, and may call it as often as it likes.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, passes: Iterator[Pass]) -> Pass | None:
+        return next(passes, None)
+
+
+class DataParallel:
+    """Collective in its making: rank 0's parameters go to all."""
+
+    def __init__(self, net: nn.Module, ranks: Ranks) -> None:
+        self.averaged = ranks.count
+        self._ddp = DistributedDataParallel(_NextPass(net), broadcast_buffers=False)
+
+    def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
+        """The next pass, or None."""
+        # What DDP.no_sync() sets, for the backward as well as for this forward.
+        self._ddp.require_backward_grad_sync = reduces
+        found: Pass | None = self._ddp(passes)
+        return found
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates its gradient; Collective if its forward said that it reduces."""
+        loss.backward()

@@ -1,0 +1,183 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder `step-00012000` with its state and a manifest of sizes and SHA-256 sums. It is written under
+another name, flushed to the disk and renamed; it is verified before it is loaded; a damaged one is named, and the one
+before it is used. Loading runs no code of the file (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant.errors import UserError
+
+_STATE = "state.pt"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, verified checkpoint."""
+
+    path: Path
+    step: int
+    """Optimizer steps done, over all stages."""
+    score: float | None
+    """The recipe's score on the held-out split, if it was evaluated here."""
+
+    def load(self) -> dict[str, Any]:
+        """The state, on the CPU."""
+        state: dict[str, Any] = torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
+        return state
+
+
+def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None, keep: int) -> Path:
+    """Writes a checkpoint, then removes older ones but the newest `keep` and the best.
+
+    Args:
+        folder: of all checkpoints of the run; made if missing.
+        state: tensors and plain values only.
+
+    Raises:
+        OSError: it could not be written; then nothing is left of it, and the others stand.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}"
+    partial = folder / f"{path.name}.partial"
+    _remove(partial)
+    try:
+        partial.mkdir()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        _write(partial / _STATE, data)
+        body = {
+            "step": step,
+            "score": score,
+            "files": {_STATE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
+        }
+        _write(partial / _MANIFEST, json.dumps({**body, "sha256": _digest(body)}, indent=2).encode())
+        _flush_folder(partial)
+        if path.exists():  # the same step again, after a resume from an earlier one: equal, or damaged
+            _remove(path)
+        partial.rename(path)
+        _flush_folder(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _thin(folder, keep)
+    return path
+
+
+def verify(path: Path) -> Checkpoint | str:
+    """The checkpoint in a folder, if it is whole; else what is wrong with it."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        digest = manifest.pop("sha256")
+        if digest != _digest(manifest):
+            return f"{path / _MANIFEST} is damaged: its checksum does not match"
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file} is damaged: it has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
+                    return f"{file} is damaged: its checksum does not match"
+        return Checkpoint(path, int(manifest["step"]), manifest["score"])
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path / _MANIFEST} is damaged: it is no manifest"
+
+
+def folders(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first, whole or damaged."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; each damaged one is stepped over with a warning that names the file."""
+    for path in reversed(folders(folder)):
+        found = verify(path)
+        if isinstance(found, Checkpoint):
+            return found
+        warnings.warn(f"{found}; the checkpoint before it is used.", stacklevel=2)
+    return None
+
+
+def best(folder: Path) -> Checkpoint | None:
+    """The whole checkpoint with the highest score, the earliest of equals; None if none has a score."""
+    scored = [
+        found for path in folders(folder) if isinstance(found := verify(path), Checkpoint) and found.score is not None
+    ]
+    return max(scored, key=lambda found: (found.score or 0.0, -found.step), default=None)
+
+
+def require(folder: Path, which: str) -> Checkpoint:
+    """The `newest` or the `best` checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = best(folder) if which == "best" else newest(folder)
+    if found is None:
+        what = "with a score on a held-out split" if which == "best" else "that is whole"
+        raise UserError(f"{folder} holds no checkpoint {what}: train first, or write the folder of another run.")
+    return found
+
+
+def _thin(folder: Path, keep: int) -> None:
+    paths = folders(folder)
+    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    kept = set(paths[-keep:])
+    if scores:
+        kept.add(max(scores, key=lambda path: (scores[path], -paths.index(path))))
+    for path in paths:
+        if path not in kept:
+            _remove(path)
+
+
+def _score(path: Path) -> float | None:
+    try:
+        score = json.loads((path / _MANIFEST).read_text())["score"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if score is None else float(score)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder; stopped half-way, it leaves nothing that looks like a checkpoint."""
+    if path.exists():
+        doomed = path.with_name(f"{path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

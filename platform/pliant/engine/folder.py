@@ -1,0 +1,126 @@
+"""A run's folder: what ran, with what, from which commit; and where the rest lies in it.
+
+runs/<name>/<time>/
+  experiment.json  recipe.py  environment.json
+  checkpoints/  log.jsonl  tensorboard/  calibration/  spectrum.json  spectrum.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant import record
+from pliant.errors import UserError
+from pliant.experiment import Experiment
+
+_PACKAGES = ("pliant", "torch", "torchvision", "timm", "numpy", "pillow", "accelerate", "nvidia-dali-cuda120")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run's folder."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object per line: what was logged, in order."""
+        return self.path / "log.jsonl"
+
+
+def create(experiment: Experiment, recipe_file: Path | None) -> RunFolder:
+    """A new folder for a run of this experiment.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    parent = experiment.runs / experiment.name
+    started = datetime.now()
+    for attempt in range(100):
+        # Two runs may start in the same second: whoever makes the folder has it.
+        suffix = f"-{attempt}" if attempt else ""
+        path = parent / f"{started:%Y%m%d-%H%M%S}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"The run's folder {path} cannot be made ({error.strerror}): write another --runs."
+            ) from None
+        try:
+            _describe(experiment, recipe_file, path)
+        except OSError as error:
+            raise UserError(
+                f"Nothing can be written to {path} ({error.strerror}): make room, or write another --runs."
+            ) from None
+        return RunFolder(path)
+    raise UserError(f"{parent} already holds a hundred runs of this second: write another --name.")
+
+
+def _describe(experiment: Experiment, recipe_file: Path | None, path: Path) -> None:
+    (path / "experiment.json").write_text(record.dump(experiment))
+    if recipe_file is not None:
+        shutil.copyfile(recipe_file, path / "recipe.py")
+    (path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": bool(_git("status", "--porcelain")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def newest(experiment: Experiment) -> RunFolder | None:
+    """The newest run of this name that has a checkpoint; None if there is none."""
+    parent = experiment.runs / experiment.name
+    runs = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
+    for path in runs:
+        if any(path.glob("checkpoints/step-*[0-9]")):
+            return RunFolder(path)
+    return None

@@ -1,0 +1,110 @@
+"""What learns, how fast, and the update at the end of a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pliant.engine.precision import Precision
+from pliant.errors import UserError
+from pliant.experiment import Optimization
+from pliant.recipe import Stage
+
+
+def set_learning(net: nn.Module, stage: Stage) -> None:
+    """Puts the network into training for a stage: what does not learn is frozen and in evaluation mode.
+
+    Raises:
+        UserError: a prefix of the stage names no parameter.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    for prefix in stage.learns:
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"Stage {stage.name} learns {prefix!r}, but no parameter's name begins so.")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(stage.learns))
+    net.train()
+    _freeze_modes(net)
+
+
+def _freeze_modes(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _freeze_modes(child)
+
+
+def decays(parameter: nn.Parameter, rule: Literal["kernels", "all"]) -> bool:
+    """Whether weight decay acts on it. kernels: as the authors of US-Nets, 4-D weights over several inputs (so not
+    depthwise) and 2-D weights."""
+    if rule == "all" or parameter.ndim == 2:
+        return True
+    return parameter.ndim == 4 and parameter.shape[1] != 1
+
+
+def make_optimizer(net: nn.Module, config: Optimization) -> torch.optim.SGD:
+    """SGD over what learns, in two groups, with and without decay. Fused: a step is one call, and can be left out on
+    the device without the host waiting to know."""
+    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in learning if decays(p, config.decay)], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if not decays(p, config.decay)], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, steps: int, warmup: int, schedule: Literal["linear", "cosine", "constant"]) -> float:
+    """Factor on the peak learning rate for a step of a stage, in [0, 1].
+
+    Args:
+        step: steps done in the stage, from 0.
+        steps: steps of the stage in all.
+        warmup: of these, steps that climb linearly to the peak.
+        schedule: what follows, from 1 towards 0, which it would reach at `steps`.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return {"linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share)), "constant": 1.0}[schedule]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did, on the device."""
+
+    norm: Tensor
+    """Norm of the reduced gradient before clipping, a scalar."""
+    nonfinite: Tensor
+    """1.0 if the gradient was not finite and the step was left out, else 0.0; a scalar."""
+
+
+def update(optimizer: torch.optim.SGD, precision: Precision, *, lr: float, clip: float | None) -> Update:
+    """Clips the reduced gradient, steps, and clears it. Nothing here waits for the device.
+
+    A gradient that is not finite is so on every rank, since it is the reduced one: the step is left out on all.
+    """
+    precision.unscale(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm(gradients, error_if_nonfinite=False)
+    nonfinite = (~torch.isfinite(norm)).float()
+    if clip is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clip_grads_with_norm_(parameters, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    precision.step(optimizer, nonfinite)
+    optimizer.zero_grad(set_to_none=True)
+    return Update(norm.detach(), nonfinite)

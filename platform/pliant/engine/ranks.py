@@ -1,0 +1,148 @@
+"""The processes of a run: how many there are, which one this is, and what they tell each other.
+
+Methods marked Collective are called by every rank or by none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pliant.errors import UserError
+
+T = TypeVar("T")
+
+_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the run."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, number: int) -> range:
+        """This rank's part of 0 … number - 1, contiguous; parts differ by one at most."""
+        return range(self.rank * number // self.count, (self.rank + 1) * number // self.count)
+
+    def micro_batches(self, number: int) -> range:
+        """Indices of the micro-batches that this rank runs, of `number` in the global batch.
+
+        Raises:
+            UserError: there are more ranks than micro-batches.
+        """
+        if self.count > number:
+            raise UserError(
+                f"A global batch of {number} micro-batches cannot be shared by {self.count} ranks: launch fewer ranks, "
+                "or in a new run write a smaller --batch.micro."
+            )
+        return self.share(number)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Collective. The sum over ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        return tensor
+
+    def start_max(self, tensor: Tensor) -> dist.Work | None:
+        """Collective. Starts the maximum over ranks, in place; wait for what it returns before reading."""
+        return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True) if self.count > 1 else None
+
+    def any(self, flag: bool) -> bool:
+        """Collective. Whether the flag is set on any rank."""
+        if self.count == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def from_first(self, value: T) -> T:
+        """Collective. Rank 0's value, on every rank."""
+        if self.count == 1:
+            return value
+        box: list[T] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def rows(self, row: Tensor) -> Tensor:
+        """Collective. Every rank's row (n,), stacked: (count, n)."""
+        if self.count == 1:
+            return row[None].clone()
+        table = [torch.empty_like(row) for _ in range(self.count)]
+        dist.all_gather(table, row)
+        return torch.stack(table)
+
+    def barrier(self) -> None:
+        """Collective. Waits for all ranks."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def join(requested: int | None = None, environment: dict[str, str] | None = None) -> Ranks:
+    """Collective. Takes this process's place among those that were launched.
+
+    Args:
+        requested: refuse any other number of ranks.
+        environment: of the launcher; default: this process's.
+
+    Raises:
+        UserError: another number was launched than asked for, or several processes of one launch would each take
+            themselves for the whole run.
+    """
+    env = dict(os.environ) if environment is None else environment
+    declared = int(env.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" not in env:
+        _refuse_strangers(env)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = Ranks(0, 1, device)
+    if declared > 1:
+        ranks = _join_group(device)
+        if ranks.count != declared:
+            raise UserError(
+                f"{declared} processes were launched, but this one sees {ranks.count}: each would train alone and "
+                "write the same files. Start them with torchrun --nproc_per_node N or accelerate launch --multi_gpu."
+            )
+    if requested is not None and ranks.count != requested:
+        raise UserError(
+            f"--ranks {requested} was asked for and {ranks.count} take part: launch {requested}, for instance with "
+            f"torchrun --nproc_per_node {requested}, or leave --ranks out."
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    return ranks
+
+
+def _refuse_strangers(env: dict[str, str]) -> None:
+    for name, launcher in _LAUNCHERS.items():
+        if int(env.get(name, "1")) > 1:
+            raise UserError(
+                f"{launcher} started {env[name]} processes ({name}), but without WORLD_SIZE and RANK each would take "
+                "itself for the whole run: let it start one process per machine that calls torchrun or accelerate "
+                "launch."
+            )
+
+
+def _join_group(device: torch.device) -> Ranks:
+    from accelerate import PartialState  # slow to import, and needed by several ranks only
+
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(minutes=30))
+    return Ranks(state.process_index, state.num_processes, state.device)
+
+
+def leave() -> None:
+    """Closes the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""Steps, stages and epochs: where a run stands, and what is due there. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pliant.engine.optimization import learning_rate
+from pliant.errors import UserError
+from pliant.experiment import Optimization
+from pliant.recipe import Progress, Stage
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run."""
+
+    stages: tuple[Stage, ...]
+    steps: tuple[int, ...]
+    """Steps of each stage."""
+    steps_per_epoch: int
+    optimization: Optimization
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return sum(self.steps)
+
+    def before(self, stage: int) -> int:
+        """Steps of the stages before this one."""
+        return sum(self.steps[:stage])
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Stage, and steps done in it, after `step` steps of the run; the end of a stage is the start of the next."""
+        stage = 0
+        while stage < len(self.steps) - 1 and step >= self.steps[stage]:
+            step -= self.steps[stage]
+            stage += 1
+        return stage, step
+
+    def progress(self, stage: int, step: int) -> Progress:
+        """What an iteration is told, before it."""
+        return Progress(
+            stage=stage,
+            step=step,
+            steps=self.steps[stage],
+            epoch=step // self.steps_per_epoch,
+            run_share=(self.before(stage) + step) / self.total,
+        )
+
+    def lr(self, stage: int, step: int) -> float:
+        """The learning rate of a step."""
+        config = self.optimization
+        warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        factor = learning_rate(step, self.steps[stage], warmup, config.schedule)
+        return config.lr * self.stages[stage].learning_rate * factor
+
+    def due(self, step: int, epochs: float) -> bool:
+        """Whether something done every so many epochs, and at the end, is due after `step` steps of the run."""
+        if step >= self.total:
+            return True
+        if epochs <= 0:
+            return False
+        interval = epochs * self.steps_per_epoch
+        return int(step / interval) != int((step - 1) / interval)
+
+
+def make_schedule(stages: Sequence[Stage], config: Optimization, steps_per_epoch: int) -> Schedule:
+    """The steps of each stage by its share.
+
+    Raises:
+        UserError: a stage would have no step, or a warm-up fills one.
+    """
+    total = config.steps if config.steps is not None else round(config.epochs * steps_per_epoch)
+    ends, share = [0], 0.0
+    for stage in stages:
+        share += stage.share
+        ends.append(round(share * total))
+    steps = tuple(end - start for start, end in pairwise(ends))
+    for stage, count in zip(stages, steps, strict=True):
+        if count < 1:
+            raise UserError(f"Stage {stage.name} has no step in a run of {total}: write more --optimization.epochs.")
+        if config.warmup_epochs * steps_per_epoch >= count:
+            raise UserError(
+                f"A warm-up of {config.warmup_epochs:g} epochs fills all {count} steps of stage {stage.name}: write a "
+                "shorter --optimization.warmup-epochs."
+            )
+    return Schedule(tuple(stages), steps, steps_per_epoch, config)

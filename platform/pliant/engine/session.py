@@ -1,0 +1,183 @@
+"""From an experiment to a trained network: everything is checked before anything is allocated or written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant import record
+from pliant.data import Feed, open_dataset
+from pliant.engine import checkpoint, folder
+from pliant.engine.folder import RunFolder
+from pliant.engine.interruption import listening
+from pliant.engine.precision import Precision
+from pliant.engine.ranks import Ranks, join, leave
+from pliant.engine.schedule import Schedule, make_schedule
+from pliant.engine.telemetry import Telemetry
+from pliant.engine.trainer import Trainer
+from pliant.errors import UserError
+from pliant.experiment import Experiment, differences, rule_on_resume
+from pliant.randomness import philox
+
+
+def train(experiment: Experiment, recipe_file: Path | None = None) -> RunFolder:
+    """Collective. Trains, or goes on training; the folder of the run.
+
+    Raises:
+        UserError: something asked for cannot be done.
+        Interrupted: a signal came, and a checkpoint was written.
+    """
+    ranks = join(experiment.ranks)
+    try:
+        return _train(experiment, ranks, recipe_file)
+    finally:
+        leave()
+
+
+def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> RunFolder:
+    if ranks.first:
+        print(
+            f"{_count(ranks.count, 'rank')} on {ranks.device.type}, {torch.get_num_threads()} threads each", flush=True
+        )
+    micro_batches = ranks.micro_batches(experiment.batch.micro_batches)
+    compiled_widths = _check_compile(experiment)
+    feed = make_feed(experiment, ranks)
+    schedule = make_schedule(experiment.recipe.stages(), experiment.optimization, feed.steps_per_epoch)
+    run, found, notes = _choose(experiment, ranks, recipe_file)
+    restored = None if found is None else found.load()
+    net = build_net(experiment, feed.dataset.num_classes, ranks.device)
+    with (
+        Telemetry(run, first=ranks.first, step=0 if found is None else found.step) as telemetry,
+        listening() as interruption,
+    ):
+        for note in notes:
+            telemetry.warn(note)
+        telemetry.say(_introduction(experiment, feed, schedule, run, net))
+        trainer = Trainer(
+            experiment=experiment,
+            ranks=ranks,
+            folder=run,
+            feed=feed,
+            net=net,
+            schedule=schedule,
+            precision=Precision(experiment.precision, ranks.device),
+            telemetry=telemetry,
+            interruption=interruption,
+            micro_batches=micro_batches,
+            ema=_make_ema(experiment, net),
+        )
+        _compile(net, compiled_widths)
+        telemetry.event("start", step=0 if found is None else found.step, ranks=ranks.count)
+        trainer.run(restored)
+        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds)
+    return run
+
+
+def make_feed(experiment: Experiment, ranks: Ranks) -> Feed:
+    """The images of an experiment, on this rank's device."""
+    dataset = open_dataset(experiment.data, experiment.seed)
+    return Feed(dataset, experiment.data, experiment.batch, seed=experiment.seed, device=ranks.device)
+
+
+def build_net(experiment: Experiment, classes: int, device: torch.device) -> nn.Module:
+    """The network of an experiment before its first step, the same on every rank."""
+    torch.manual_seed(int(philox(experiment.seed, "weights").integers(2**63)))
+    net = experiment.recipe.build(classes).to(device)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[no-any-return,call-overload]
+
+
+def _choose(
+    experiment: Experiment, ranks: Ranks, recipe_file: Path | None
+) -> tuple[RunFolder, checkpoint.Checkpoint | None, list[str]]:
+    """Collective. The run to go on with and its newest whole checkpoint, or a new run; and what to warn of."""
+    answer: Any = None
+    if ranks.first:
+        try:
+            answer = _choose_alone(experiment, recipe_file)
+        except UserError as error:
+            answer = error
+    answer = ranks.from_first(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    run: RunFolder
+    run, found, notes = answer
+    return run, found, notes
+
+
+def _choose_alone(
+    experiment: Experiment, recipe_file: Path | None
+) -> tuple[RunFolder, checkpoint.Checkpoint | None, list[str]]:
+    if experiment.resume is None:
+        return folder.create(experiment, recipe_file), None, []
+    run = folder.newest(experiment) if experiment.resume == "auto" else RunFolder(Path(experiment.resume))
+    if run is None:
+        return folder.create(experiment, recipe_file), None, []
+    changed = differences(record.load(run.path), experiment)
+    fixed = [name for name in changed if rule_on_resume(name) == "fixed"]
+    if fixed:
+        listed = "; ".join(f"{name} was {changed[name][0]} and is {changed[name][1]}" for name in fixed)
+        raise UserError(
+            f"{run.path} was begun with other settings: {listed}. Write the old ones, or leave --resume out."
+        )
+    notes = [
+        f"{name} was {old} and is {new} from here on."
+        for name, (old, new) in changed.items()
+        if rule_on_resume(name) == "warned"
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = checkpoint.newest(run.checkpoints)
+    return run, found, [*notes, *(str(one.message) for one in caught)]
+
+
+def _introduction(experiment: Experiment, feed: Feed, schedule: Schedule, run: RunFolder, net: nn.Module) -> str:
+    dataset = feed.dataset
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    held = "" if dataset.held_out is None else f", {len(dataset.held_out)} held out"
+    return (
+        f"{experiment.name}: {type(experiment.recipe).__name__}, {parameters:,} parameters, "
+        f"{dataset.num_classes} classes\n"
+        f"{len(dataset.train)} training images{held}, by {feed.loader}; {schedule.total} steps of "
+        f"{experiment.batch.images} images in micro-batches of {experiment.batch.micro}, {experiment.precision}\n"
+        f"run folder {run.path}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _make_ema(experiment: Experiment, net: nn.Module) -> Any:
+    if experiment.optimization.ema is None:
+        return None
+    from pliant.torchvision_cpu import make_importable
+
+    make_importable()
+    from timm.utils.model_ema import ModelEmaV3  # slow to import
+
+    return ModelEmaV3(net, decay=experiment.optimization.ema)
+
+
+def _check_compile(experiment: Experiment) -> int | None:
+    """How many graphs to compile; None for none."""
+    if not experiment.compile:
+        return None
+    graphs = experiment.recipe.graphs()
+    if isinstance(graphs, str):
+        raise UserError(f"This run cannot be compiled: {graphs}. Leave --compile out, or train an S-Net or an I-Net.")
+    return graphs
+
+
+def _compile(net: nn.Module, graphs: int | None) -> None:
+    if graphs is None:
+        return
+    import torch._dynamo
+
+    # A fall-back to running uncompiled would be silent: make it an error. Training and evaluation are graphs apart.
+    torch._dynamo.config.recompile_limit = 2 * graphs + 2
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    net.compile(dynamic=False)

@@ -1,0 +1,187 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, TensorBoard, and log.jsonl.
+
+Only the first rank speaks. A log that cannot be written (a full disk) is said once and never ends a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from pliant.engine.folder import RunFolder
+from pliant.recipe import Measurement
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What the steps between two lines of the log came to."""
+
+    step: int
+    """Steps done, over all stages."""
+    steps: int
+    """Steps of the run in all."""
+    stage: str
+    epoch: float
+    """Epochs done in the stage."""
+    lr: float
+    losses: Mapping[str, float]
+    """Mean loss of each pass, over the window and all ranks."""
+    metrics: Mapping[str, float]
+    norm: float
+    """Norm of the last step's gradient, before clipping."""
+    skipped: int
+    """Steps left out so far, their gradient not being finite."""
+    seconds: float
+    """What the window's steps took."""
+    images_per_s: float
+    """Over all ranks."""
+    passes_per_s: float
+    """Forward and backward passes of micro-batches, over all ranks."""
+    data_share: float
+    """Share of this rank's time spent waiting for data, in [0, 1]."""
+    seconds_left: float
+
+    def line(self) -> str:
+        """One line for a person."""
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
+        skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        return (
+            f"step {self.step}/{self.steps}  epoch {self.epoch:.2f}  loss {losses}  lr {self.lr:.4g}  "
+            f"{self.images_per_s:.0f} images/s  {self.passes_per_s:.1f} passes/s  data {self.data_share:.0%}{skipped}  "
+            f"left {duration(self.seconds_left)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, for instance 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Telemetry:
+    """Where a run's words and figures go; to be entered with `with`. Silent on all ranks but the first."""
+
+    def __init__(self, folder: RunFolder, *, first: bool, step: int) -> None:
+        """`step`: steps done before; TensorBoard drops what an earlier, killed process wrote beyond it."""
+        self._folder = folder
+        self._speaks = first
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._step = step
+        self._boards: SummaryWriter | None = None
+        self._complained = False
+
+    def __enter__(self) -> Telemetry:
+        if self._speaks and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._boards is not None:
+            self._guard(self._boards.close)
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+        if self._speaks:
+            self._console.print(Text(text), soft_wrap=True)
+            if not self._console.is_terminal:
+                sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """A line for a person who may want to act; kept in log.jsonl."""
+        self.say(f"Warning: {text}")
+        self._log({"event": "warning", "text": text})
+
+    def event(self, name: str, **values: Any) -> None:
+        """A line of log.jsonl alone."""
+        self._log({"event": name, **values})
+
+    def window(self, window: Window) -> None:
+        """The steps between two lines of the log."""
+        if not self._speaks:
+            return
+        if self._bar is None:
+            self.say(window.line())
+        else:
+            figures = f"{window.images_per_s:.0f} images/s  data {window.data_share:.0%}"
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in window.losses.items())
+            if self._task is None:
+                self._task = self._bar.add_task(window.stage, total=window.steps, figures=figures)
+            self._bar.update(
+                self._task, completed=window.step, description=f"epoch {window.epoch:.1f}  {losses}", figures=figures
+            )
+        self._log({"event": "step", **window.__dict__})
+        scalars = {f"loss/{name}": value for name, value in window.losses.items()}
+        scalars |= {f"metrics/{name}": value for name, value in window.metrics.items()}
+        for name in ("lr", "norm", "skipped", "images_per_s", "passes_per_s", "data_share"):
+            scalars[f"run/{name}"] = getattr(window, name)
+        self._scalars(scalars, window.step)
+
+    def measurements(self, title: str, step: int, lines: Sequence[Measurement]) -> None:
+        """An evaluation."""
+        if not self._speaks:
+            return
+        text = "  ".join(f"{line.point} {line.top1:.2%}" for line in lines)
+        images = lines[0].images if lines else 0
+        self.say(f"{title} at step {step}, top-1 on {images} images: {text}")
+        self._log({"event": title, "step": step, "lines": [line.__dict__ for line in lines]})
+        scalars: dict[str, float] = {}
+        for line in lines:
+            scalars |= {f"{title}/top1/{line.point}": line.top1, f"{title}/loss/{line.point}": line.loss}
+        self._scalars(scalars, step)
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        if self._speaks:
+            self._guard(lambda: _append(self._folder, entry))
+
+    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        self._guard(lambda: self._write_scalars(scalars, step))
+
+    def _write_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        if self._boards is None:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+            self._boards = SummaryWriter(str(self._folder.tensorboard), purge_step=self._step + 1)
+        for name, value in scalars.items():
+            self._boards.add_scalar(name, value, step)
+
+    def _guard(self, write: Any) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                self.say(
+                    f"Warning: the log in {self._folder.path} cannot be written ({error.strerror}); the run goes on."
+                )
+
+
+def _append(folder: RunFolder, entry: Mapping[str, Any]) -> None:
+    with folder.log.open("a") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,206 @@
+"""A finished or running run, opened to be asked: its network at any point, calibrated, evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pliant import record
+from pliant.data import Feed
+from pliant.engine import checkpoint
+from pliant.engine.batchnorm import LayerStatistics, calibrate, impose, twin
+from pliant.engine.evaluation import evaluate
+from pliant.engine.folder import RunFolder
+from pliant.engine.precision import Precision
+from pliant.engine.ranks import Ranks
+from pliant.engine.session import build_net, make_feed
+from pliant.errors import UserError
+from pliant.experiment import Calibration, Data, Experiment
+from pliant.recipe import Measurement, Native, Point, Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's network and what it was trained with."""
+
+    experiment: Experiment
+    folder: RunFolder
+    step: int
+    """Steps that the network was trained for."""
+    net: nn.Module
+    """In evaluation mode: the averaged weights, if the run keeps an EMA."""
+    feed: Feed
+    ranks: Ranks
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method."""
+        return self.experiment.recipe
+
+    def checked(self, points: Sequence[Point]) -> tuple[Point, ...]:
+        """The points, or the recipe's own where none are given.
+
+        Raises:
+            UserError: the network cannot be asked for one of them.
+        """
+        for point in points:
+            refusal = self.recipe.admits(point)
+            if refusal is not None:
+                raise UserError(refusal)
+        return tuple(dict.fromkeys(points)) or self.recipe.points()
+
+    def at(self, points: Sequence[Point], calibration: Calibration) -> dict[Point, nn.Module]:
+        """Collective. The network at each point, with post-statistics measured now or kept from before."""
+        if list(points) == [Native()]:
+            return {Native(): twin(self.net)}
+        kept = {point: self._kept(point, calibration) for point in points}
+        missing = [point for point, statistics in kept.items() if statistics is None]
+        if missing:
+            kept |= self._calibrate(missing, calibration)
+        return {point: impose(self.net, _on(statistics or {}, self.ranks)) for point, statistics in kept.items()}
+
+    def _calibrate(
+        self, points: Sequence[Point], calibration: Calibration
+    ) -> Mapping[Point, dict[str, LayerStatistics]]:
+        batch, images = calibration.batch, min(calibration.images, len(self.feed.dataset.train))
+        batch = min(batch, images or batch)
+        number = self.feed.calibration_batches(images, batch)
+        # Fewer batches than ranks: every rank runs all of them, which leaves weighted means as they are.
+        rank, ranks = (self.ranks.rank, self.ranks.count) if number >= self.ranks.count else (0, 1)
+        seed = self.experiment.seed
+        with self.feed.calibration(
+            images=images, batch=batch, augment=calibration.augment, seed=seed, rank=rank, ranks=ranks
+        ) as batches:
+            measured = calibrate(
+                self.recipe,
+                self.net,
+                points,
+                ((index, one.images) for index, one in batches),
+                average=calibration.average,
+                number=number,
+                precision=Precision(self.experiment.precision, self.ranks.device),
+                ranks=self.ranks,
+            )
+        if self.ranks.first:
+            for point, statistics in measured.items():
+                self._keep(point, calibration, statistics)
+        return measured
+
+    def _path(self, point: Point, calibration: Calibration) -> Path:
+        augment = "-augmented" if calibration.augment else ""
+        name = f"{str(point).replace('/', '_')}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}"
+        return self.folder.path / "calibration" / f"step-{self.step:08d}" / f"{name}.safetensors"
+
+    def _kept(self, point: Point, calibration: Calibration) -> dict[str, LayerStatistics] | None:
+        path = self._path(point, calibration)
+        if not self.ranks.from_first(path.is_file()):
+            return None
+        flat = load_file(path)
+        names = dict.fromkeys(name.rsplit(".", 1)[0] for name in flat)
+        return {name: LayerStatistics(flat[f"{name}.mean"], flat[f"{name}.var"]) for name in names}
+
+    def _keep(self, point: Point, calibration: Calibration, statistics: Mapping[str, LayerStatistics]) -> None:
+        path = self._path(point, calibration)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flat: dict[str, Tensor] = {}
+        for name, layer in statistics.items():
+            flat |= {f"{name}.mean": layer.mean.cpu().contiguous(), f"{name}.var": layer.var.cpu().contiguous()}
+        partial = path.with_suffix(".partial")
+        save_file(flat, partial)
+        partial.rename(path)
+
+    def measure(self, nets: Mapping[Point, nn.Module], split: Literal["held_out", "val"]) -> list[Measurement]:
+        """Collective. Accuracy and cost at each point, each image decoded once."""
+        with self.feed.evaluation(
+            split, batch=self.experiment.batch.micro, rank=self.ranks.rank, ranks=self.ranks.count
+        ) as batches:
+            precision = Precision(self.experiment.precision, self.ranks.device)
+            return evaluate(self.recipe, nets, batches, precision=precision, ranks=self.ranks)
+
+
+def _on(statistics: Mapping[str, LayerStatistics], ranks: Ranks) -> dict[str, LayerStatistics]:
+    return {
+        name: LayerStatistics(layer.mean.to(ranks.device), layer.var.to(ranks.device))
+        for name, layer in statistics.items()
+    }
+
+
+def open_run(
+    path: Path, ranks: Ranks, *, which: Literal["newest", "best"] = "newest", root: Path | None = None
+) -> Trained:
+    """Collective. A run's network, from its newest or best checkpoint.
+
+    Args:
+        path: the run's folder.
+        root: where the dataset lies now; default: where it lay.
+
+    Raises:
+        UserError: the folder is no run, holds no whole checkpoint, or its checkpoint is of another network.
+    """
+    experiment = record.load(path)
+    if root is not None:
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=root))
+    found = checkpoint.require(RunFolder(path).checkpoints, which)
+    feed = make_feed(experiment, ranks)
+    net = build_net(experiment, feed.dataset.num_classes, ranks.device)
+    state = found.load()
+    weights: dict[str, Any] = state["ema"] if state["ema"] is not None else state["net"]
+    load_weights(net, weights, found.path)
+    return Trained(experiment, RunFolder(path), found.step, net.eval(), feed, ranks)
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Loads a network's own weights.
+
+    Raises:
+        UserError: they are another network's; the sentence names the first difference.
+    """
+    expected = net.state_dict()
+    for name in expected | dict(weights):
+        there = tuple(weights[name].shape) if name in weights else "missing"
+        here = tuple(expected[name].shape) if name in expected else "missing"
+        if there != here:
+            raise UserError(
+                f"{source} holds another network: {name} is {there} there and {here} in this recipe's network. Write the "
+                "recipe, classes and network settings that it was trained with."
+            )
+    net.load_state_dict(dict(weights))
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[Trained]:
+    """Collective. `open_run` over the ranks that were launched."""
+    from pliant.engine.ranks import join, leave
+
+    try:
+        yield open_run(path, join(), **options)
+    finally:
+        leave()
+
+
+def write_spectrum(trained: Trained, lines: Sequence[Measurement], calibration: Calibration, split: str) -> Path:
+    """Writes spectrum.json into the run's folder; whole or not at all."""
+    data: Data = trained.experiment.data
+    plain = {
+        "name": trained.experiment.name,
+        "method": type(trained.recipe).__name__,
+        "step": trained.step,
+        "dataset": str(data.root),
+        "generated": trained.feed.dataset.generated,
+        "split": split,
+        "calibration": dataclasses.asdict(calibration),
+        "lines": [dataclasses.asdict(line) for line in lines],
+    }
+    path = trained.folder.path / "spectrum.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(plain, indent=2) + "\n")
+    partial.rename(path)
+    return path

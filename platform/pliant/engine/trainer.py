@@ -1,0 +1,267 @@
+"""The loop: stages, steps, validation, checkpoints, and stopping in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pliant.data import Batch, Feed
+from pliant.engine import checkpoint
+from pliant.engine.agreement import Beat, Beats
+from pliant.engine.backends import Backend, wrap
+from pliant.engine.batchnorm import RunningStatistics, flat, mean_over_ranks, running_buffers, twin, unflatten_
+from pliant.engine.evaluation import evaluate
+from pliant.engine.folder import RunFolder
+from pliant.engine.interruption import Interruption, Stopped
+from pliant.engine.meter import Meter
+from pliant.engine.optimization import make_optimizer, set_learning, update
+from pliant.engine.precision import Precision
+from pliant.engine.ranks import Ranks
+from pliant.engine.schedule import Schedule
+from pliant.engine.step import accumulate
+from pliant.engine.telemetry import Telemetry
+from pliant.errors import Interrupted, UserError
+from pliant.experiment import Experiment
+from pliant.randomness import Draw
+from pliant.recipe import Recipe
+
+_MOST_SKIPPED = 20  # steps in a row with a gradient that is not finite, before the run gives up
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps besides tensors."""
+
+    step: int = 0
+    """Optimizer steps done, over all stages."""
+    evaluated: int = -1
+    """Steps done at the last validation."""
+    score: float | None = None
+    """What the held-out split said then."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Time spent training, over all processes that the run has had."""
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, and its loop."""
+
+    experiment: Experiment
+    ranks: Ranks
+    folder: RunFolder
+    feed: Feed
+    net: nn.Module
+    schedule: Schedule
+    precision: Precision
+    telemetry: Telemetry
+    interruption: Interruption
+    micro_batches: Sequence[int]
+    """Indices in the global batch of this rank's micro-batches."""
+    ema: Any
+    """timm's moving average of the network, or None."""
+    state: State = field(default_factory=State)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method."""
+        return self.experiment.recipe
+
+    def run(self, restored: dict[str, Any] | None) -> None:
+        """Collective. Trains from where `restored` stood to the end.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint was written first.
+            UserError: the recipe or the data cannot be used.
+        """
+        if restored is not None:
+            self._restore(restored)
+        first_stage, _ = self.schedule.locate(self.state.step)
+        for stage in range(first_stage, len(self.schedule.stages)):
+            self._stage(stage, restored if stage == first_stage else None)
+
+    def _stage(self, stage: int, restored: dict[str, Any] | None) -> None:
+        set_learning(self.net, self.schedule.stages[stage])
+        self.optimizer = make_optimizer(self.net, self.experiment.optimization)
+        backend = wrap(self.net, self.ranks, self.experiment.backend)
+        if restored is not None and restored["stage"] == stage:
+            self.optimizer.load_state_dict(restored["optimizer"])
+        if restored is not None and self._validation_due:  # it was stopped in that validation
+            self._after_step(stage, stopping=False)
+        steps = range(self.state.step - self.schedule.before(stage), self.schedule.steps[stage])
+        with self.feed.training(
+            stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self.micro_batches
+        ) as batches:
+            self._steps(stage, steps, batches, backend)
+
+    def _steps(self, stage: int, steps: range, batches: Iterator[Batch], backend: Backend) -> None:
+        config = self.experiment
+        running = RunningStatistics(self.net)
+        meter = Meter(self.schedule, self.ranks, config.batch)
+        beats = Beats(self.ranks)
+        for step in steps:
+            draws = [Draw(config.seed, stage, step, index) for index in self.micro_batches]
+            losses = accumulate(
+                self.recipe,
+                self.net,
+                backend,
+                self.precision,
+                running,
+                meter.timed(batches, len(draws)),
+                draws,
+                self.schedule.progress(stage, step),
+                config.batch.micro_batches,
+            )
+            lr = self.schedule.lr(stage, step)
+            done = update(self.optimizer, self.precision, lr=lr, clip=config.optimization.clip)
+            if self.ema is not None:
+                self.ema.update(self.net)
+            self.state.step += 1
+            stopping = self._heed(beats.beat(done.nonfinite, self.interruption.asked))
+            meter.add(losses)
+            if self.state.step % config.log_steps == 0 or self.state.step == self.schedule.total:
+                window = meter.window(
+                    self.state.step, self.state.skipped, self.schedule.progress(stage, step), lr, done
+                )
+                self.state.seconds += window.seconds
+                self.telemetry.window(window)
+            meter.pause()
+            self._after_step(stage, stopping=stopping)
+            meter.resume()
+        self._heed(beats.last())
+
+    def _heed(self, beat: Beat) -> bool:
+        """Counts skipped steps; whether all ranks agree to stop."""
+        self.state.skipped += beat.nonfinite
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if beat.nonfinite else 0
+        if self.state.skipped_in_a_row >= _MOST_SKIPPED:
+            raise UserError(
+                f"The gradient was not finite in {_MOST_SKIPPED} steps in a row, up to step {self.state.step}: "
+                "write a smaller --optimization.lr, a --optimization.clip, or --precision fp32."
+            )
+        return beat.stop
+
+    @property
+    def _validation_due(self) -> bool:
+        due = self.schedule.due(self.state.step, self.experiment.evaluate_epochs)
+        return due and self.state.step > 0 and self.state.evaluated != self.state.step
+
+    def _after_step(self, stage: int, *, stopping: bool) -> None:
+        """Validates and saves where that is due; leaves if asked to."""
+        if self._validation_due and not stopping:
+            try:
+                self._validate()
+            except Stopped:
+                stopping = True
+        step, every = self.state.step, self.experiment.saving.every_steps
+        due = step % every == 0 if every else self.schedule.due(step, 1.0)
+        last = step == self.schedule.total
+        if due or last or stopping:
+            self._save(stage, must=last or stopping)
+        if stopping:
+            raise Interrupted(
+                f"Stopped after step {step} of {self.schedule.total}, with a checkpoint in {self.folder.path}."
+            )
+
+    def _validate(self) -> None:
+        """Collective. Follows the tracked points on the held-out split, or on the validation images.
+
+        Raises:
+            Stopped: asked to stop in the middle; nothing is recorded.
+        """
+        dataset = self.feed.dataset
+        split: Literal["held_out", "val"] = "val" if dataset.held_out is None else "held_out"
+        points = self.recipe.tracked()
+        if points and getattr(dataset, split) is not None:
+            net = self.evaluated_net()
+            with self.feed.evaluation(
+                split, batch=self.experiment.batch.micro, rank=self.ranks.rank, ranks=self.ranks.count
+            ) as batches:
+                lines = evaluate(
+                    self.recipe,
+                    dict.fromkeys(points, net),
+                    batches,
+                    precision=self.precision,
+                    ranks=self.ranks,
+                    after_batch=self._stop_if_alone,
+                )
+            # Choosing by the validation images would make them a training set: only held-out images give a score.
+            self.state.score = self.recipe.score(lines) if split == "held_out" else None
+            self.telemetry.measurements(split, self.state.step, lines)
+        self.state.evaluated = self.state.step
+
+    def _stop_if_alone(self) -> None:
+        # Several ranks may run unlike numbers of batches: they agree at the next step instead.
+        if self.ranks.count == 1 and self.interruption.asked:
+            raise Stopped
+
+    def evaluated_net(self) -> nn.Module:
+        """Collective. A twin, of the averaged weights if there is an EMA, with the mean of the ranks' statistics."""
+        one = twin(self.net if self.ema is None else self.ema.module)
+        if self.ranks.count > 1:
+            unflatten_(running_buffers(one), self._mean(self.ranks.rows(flat(running_buffers(one)))))
+        return one
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        return mean_over_ranks(rows, _shares(self.experiment, len(rows)))
+
+    def _save(self, stage: int, *, must: bool) -> None:
+        """Collective. Writes a checkpoint on rank 0; `must`: a failure ends the run."""
+        state = {
+            "net": self.net.state_dict(),
+            "rows": self.ranks.rows(flat(running_buffers(self.net))),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_rows": None if self.ema is None else self.ranks.rows(flat(running_buffers(self.ema.module))),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state(),
+            "stage": stage,
+            "state": dict(self.state.__dict__),
+            "ranks": self.ranks.count,
+            "threads": torch.get_num_threads(),
+            "loader": self.feed.loader,
+        }
+        problem: str | None = None
+        if self.ranks.first:
+            folder, step, keep = self.folder.checkpoints, self.state.step, self.experiment.saving.keep
+            score = self.state.score if self.state.evaluated == step else None
+            try:
+                checkpoint.save(folder, step, state, score=score, keep=keep)
+            except OSError as error:
+                problem = f"checkpoint could be written to {folder} ({error.strerror}); earlier ones stand"
+        problem = self.ranks.from_first(problem)
+        if problem is not None and must:
+            raise UserError(f"No {problem}. Make room, then write --resume {self.folder.path}.")
+        if problem is not None:
+            self.telemetry.warn(f"no {problem}, and the run goes on.")
+
+    def _restore(self, restored: dict[str, Any]) -> None:
+        self.net.load_state_dict(restored["net"])
+        self._restore_rows(self.net, restored["rows"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(restored["ema"])
+            self._restore_rows(self.ema.module, restored["ema_rows"])
+        self.precision.load(restored["precision"])
+        self.state = State(**restored["state"])
+        if restored["ranks"] == self.ranks.count and restored["threads"] != torch.get_num_threads():
+            self.telemetry.warn(
+                f"this run had {restored['threads']} threads per rank and has {torch.get_num_threads()} now: it goes "
+                "on right, but not bit for bit."
+            )
+        if restored["loader"] != self.feed.loader:
+            self.telemetry.warn(f"images were decoded by {restored['loader']} and are by {self.feed.loader} now.")
+
+    def _restore_rows(self, net: nn.Module, rows: Tensor) -> None:
+        """The same number of ranks goes on with its own running statistics, another with their mean."""
+        own = rows[self.ranks.rank] if len(rows) == self.ranks.count else self._mean(rows)
+        unflatten_(running_buffers(net), own.to(self.ranks.device))
+
+
+def _shares(experiment: Experiment, count: int) -> list[int]:
+    """Micro-batches per step of each of `count` ranks."""
+    number = experiment.batch.micro_batches
+    return [len(Ranks(rank, count, torch.device("cpu")).share(number)) for rank in range(count)]

@@ -1,0 +1,40 @@
+"""What a run says when it cannot go on, and the status it leaves with.
+
+UserError          2   a mistake that the user can mend: shown as one sentence, without a traceback
+Interrupted       75   stopped by a signal after a checkpoint: the same command with --resume auto goes on
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", which no shell or scheduler uses itself
+
+
+class UserError(Exception):
+    """A mistake in what was asked for. Its text says what is wrong, where, and what to write instead."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and did
+    """The run stopped on a signal. Its text says how to go on."""
+
+
+def optional_import(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import a package that only some users need.
+
+    Args:
+        module: dotted name to import.
+        extra: the extra of this project that installs it, for instance `dali-cuda12`.
+        purpose: what needs it, as the subject of the sentence shown where it is missing.
+
+    Raises:
+        UserError: the package is not installed; the sentence names the extra.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise UserError(
+            f"{purpose} needs the package {error.name}, which is not installed: write pip install 'pliant[{extra}]'."
+        ) from None

@@ -1,0 +1,255 @@
+"""What a run is: frozen dataclasses that the command line fills and the run folder keeps.
+
+Every recipe file holds one `Experiment`; another run is that value with a few fields replaced. Contradictions
+are refused here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pliant.errors import UserError
+from pliant.recipe import Recipe
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and how they are fed."""
+
+    source: Literal["folder", "cifar10"] = "folder"
+    """folder: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE. cifar10: the dataset's own files, held in
+    memory."""
+    root: Path | None = None
+    """Where the dataset lies."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes an image folder; auto is dali where it is installed. Small datasets stay resident in
+    memory."""
+    size: int = 224
+    """Height and width of the images fed to the network, in pixels (image folders)."""
+    resize: int | None = None
+    """Shorter side that an image is resized to before the centre crop of validation, in pixels; default: size
+    / 0.875 (image folders)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a random resized crop covers, from and to (image folders)."""
+    jitter: float = 0.0
+    """Colour jitter: brightness, contrast and saturation are each multiplied by 1 ± this (image folders)."""
+    lighting: float = 0.0
+    """Standard deviation of the PCA lighting noise, in units of AlexNet's eigenvalues (image folders)."""
+    flip: bool = True
+    """Mirror each training image with probability 1/2."""
+    held_out: int = 0
+    """Training images kept back, a fixed draw: followed in validation, and by them the best checkpoint is
+    chosen. 0 trains on all images and follows the validation images, without choosing by them."""
+    classes: int | None = None
+    """Number of outputs of the network; default: the classes found."""
+    class_list: Path | None = None
+    """Text file with one class folder name per line, in the order of the labels, where not all classes are
+    present; default: the folders found, sorted by name."""
+    threads: int = 2
+    """Decoding threads of each rank."""
+    prefetch: int = 2
+    """Micro-batches prepared ahead."""
+    replay: bool = False
+    """Feed the first micro-batch again and again: the speed without a loader. For measuring only."""
+    tail: Literal["drop", "wrap"] = "drop"
+    """What becomes of the training images that are left when an epoch's order is cut into global batches.
+    drop: they sit this epoch out, others the next. wrap: they open a last step that goes on with the epoch's
+    first images."""
+
+    def __post_init__(self) -> None:
+        lowest, highest = self.scale
+        if not 0.0 < lowest <= highest <= 1.0:
+            raise UserError(
+                f"A random resized crop cannot cover {lowest:g} to {highest:g} of an image: "
+                "write two numbers above 0 and up to 1 as --data.scale, the smaller first."
+            )
+        if not 0.0 <= self.jitter <= 1.0:
+            raise UserError(
+                f"Colour jitter lies between 0 and 1, not {self.jitter:g}: write for instance --data.jitter 0.4."
+            )
+        if self.lighting < 0.0:
+            raise UserError(f"Lighting noise cannot have the deviation {self.lighting:g}: write 0 or more.")
+        least_values = dict(size=1, resize=1, held_out=0, classes=2, threads=1, prefetch=1)
+        for name, least in least_values.items():
+            value: int | None = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--data.{name.replace('_', '-')} cannot be {value}: write {least} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """The global batch is an ordered list of micro-batches; ranks share out the list."""
+
+    images: int = 1024
+    """Images of a step, over all ranks."""
+    micro: int = 128
+    """Images of a micro-batch: batch-norm statistics are taken over it. Fixed for the life of a run."""
+
+    def __post_init__(self) -> None:
+        if self.micro < 1 or self.images < 1 or self.images % self.micro:
+            raise UserError(
+                f"A global batch of {self.images} images is no whole number of micro-batches of {self.micro}: "
+                f"write --batch.images as a multiple of --batch.micro."
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.images // self.micro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """Stochastic gradient descent and its schedule."""
+
+    lr: float = 0.5
+    """Learning rate at its peak, for the whole global batch."""
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    decay: Literal["kernels", "all"] = "kernels"
+    """kernels: as the authors of US-Nets, only dense convolutions and linear weights decay, neither batch
+    norm nor biases nor depthwise convolutions. all: every parameter decays."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate from its peak to 0, followed per step, within each stage."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0 at the start of each stage."""
+    epochs: float = 250.0
+    """Length of the run in passes over the training images, all stages together."""
+    steps: int | None = None
+    """Length of the run in steps, instead of epochs."""
+    clip: float | None = None
+    """Largest norm of the gradient; a larger one is scaled down to it. Default: no clipping."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, evaluated in their place; default: none."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"A run of {self.steps} steps trains nothing: write --optimization.steps 1 or more.")
+        if self.epochs <= 0:
+            raise UserError(f"A run of {self.epochs:g} epochs trains nothing: write a number above 0.")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise UserError(f"An EMA decay lies between 0 and 1, not {self.ema:g}: write for instance 0.9999.")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"Gradients cannot be clipped to a norm of {self.clip:g}: write a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Post-statistics of batch norm (US-Nets section 3.2)."""
+
+    images: int = 2048
+    """Training images, a fixed draw; 0 is all of them."""
+    average: Literal["pooled", "cumulative", "moving"] = "pooled"
+    """pooled: exact mean and variance of all values a layer saw. cumulative: Eq. 8 as printed, means of the
+    batches' means and variances. moving: Eq. 5 with m = 0.9, from the first batch's statistics."""
+    augment: bool = False
+    """Calibrate on augmented training images, as the authors' code does, instead of centre crops."""
+    batch: int = 64
+    """Images of a calibration batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Checkpoints."""
+
+    every_steps: int | None = None
+    """Save after so many steps; default: after each epoch."""
+    keep: int = 2
+    """The newest checkpoints kept, besides the best; at least 2, so that a damaged one can be stepped
+    over."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise UserError("Keep at least two checkpoints (--saving.keep 2): if one is damaged, the other serves.")
+        if self.every_steps is not None and self.every_steps < 1:
+            raise UserError("Checkpoints are at least one step apart: write --saving.every-steps 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training run."""
+
+    name: str
+    """Folder of its runs below `runs`."""
+    recipe: Recipe
+    data: Data = Data()
+    batch: Batching = Batching()
+    optimization: Optimization = Optimization()
+    calibration: Calibration = Calibration()
+    saving: Saving = Saving()
+    precision: Precision = "fp32"
+    """Type that the forward computes in, by autocast over fp32 weights."""
+    compile: bool = False
+    """Compile the network with torch.compile; only for recipes with a fixed set of widths."""
+    backend: Literal["auto", "single", "ddp"] = "auto"
+    """How gradients are reduced; auto is ddp on several ranks."""
+    ranks: int | None = None
+    """Refuse any other number of ranks; default: as many as were launched."""
+    seed: int = 0
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    resume: str | None = None
+    """auto: go on from the newest whole checkpoint of the newest run of this name; or the folder of a run."""
+    evaluate_epochs: float = 1.0
+    """Epochs between validations while training; 0: only at the end."""
+    log_steps: int = 10
+    """Steps between lines of the log."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"A seed lies in [0, 2**63), not {self.seed}: write for instance --seed 0.")
+        if self.log_steps < 1:
+            raise UserError("Log lines are at least one step apart: write --log-steps 1 or more.")
+        stages = self.recipe.stages()
+        if abs(sum(stage.share for stage in stages) - 1.0) > 1e-6:
+            shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
+            raise UserError(f"The shares of a recipe's stages must add up to 1: got {shares}.")
+
+
+RESUME_RULES: dict[str, Literal["free", "warned"]] = {
+    # Everything not named is fixed: a run that is resumed with another value of it is refused.
+    "data.root": "warned",
+    "data.loader": "warned",
+    "data.threads": "free",
+    "data.prefetch": "free",
+    "calibration": "free",
+    "saving": "free",
+    "compile": "warned",
+    "backend": "free",
+    "ranks": "free",
+    "runs": "free",
+    "resume": "free",
+    "evaluate_epochs": "free",
+    "log_steps": "free",
+}
+"""What may change when a run is resumed: `free` silently, `warned` with a line in the log."""
+
+
+def differences(old: Experiment, new: Experiment) -> dict[str, tuple[object, object]]:
+    """Fields that differ, by dotted name, with the old and the new value."""
+
+    def flatten(value: object, prefix: str) -> dict[str, object]:
+        if not dataclasses.is_dataclass(value):
+            return {prefix: value}
+        flat: dict[str, object] = {f"{prefix}.type": type(value).__name__} if prefix else {}
+        for item in dataclasses.fields(value):
+            flat |= flatten(getattr(value, item.name), f"{prefix}.{item.name}" if prefix else item.name)
+        return flat
+
+    before, after = flatten(old, ""), flatten(new, "")
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    return {name: (before.get(name), after.get(name)) for name in names}
+
+
+def rule_on_resume(name: str) -> Literal["fixed", "free", "warned"]:
+    """The rule for the setting with this dotted name."""
+    for prefix, rule in RESUME_RULES.items():
+        if name == prefix or name.startswith(prefix + "."):
+            return rule
+    return "fixed"

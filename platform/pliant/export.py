@@ -1,0 +1,72 @@
+"""An ordinary network cut out at one point, for use without Pliant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pliant.engine.trained import Trained
+from pliant.errors import UserError, optional_import
+from pliant.methods.widths import WidthRecipe
+from pliant.recipe import Point
+
+
+def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes the network at `point` in each format, with a description of its input beside.
+
+    Args:
+        net: the trained network with that point's statistics.
+        formats: any of safetensors, onnx, torch.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the recipe has no ordinary network to give, or a format's package is missing.
+    """
+    if not isinstance(trained.recipe, WidthRecipe):
+        raise UserError(f"{type(trained.recipe).__name__} is no method on width: it has no ordinary network to export.")
+    if "onnx" in formats:
+        for package in ("onnx", "onnxscript"):
+            optional_import(package, extra="export", purpose="--formats onnx")
+    plain = trained.recipe.export(net, point).cpu()
+    size = trained.experiment.data.size if trained.experiment.data.source == "folder" else 32
+    images = torch.zeros(2, 3, size, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if "safetensors" in formats:
+        path = folder / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in plain.state_dict().items()}, path)
+        written.append(path)
+    program = None
+    if "torch" in formats or "onnx" in formats:
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
+    if "torch" in formats:
+        path = folder / "model.pt2"
+        torch.export.save(cast(torch.export.ExportedProgram, program), path)
+        written.append(path)
+    if "onnx" in formats:
+        path = folder / "model.onnx"
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        torch.onnx.export(program, (images,), path, dynamo=True, external_data=False, verbose=False, **names)
+        written.append(path)
+    path = folder / "model.json"
+    path.write_text(json.dumps(_description(trained, point, size), indent=2) + "\n")
+    return [*written, path]
+
+
+def _description(trained: Trained, point: Point, size: int) -> dict[str, object]:
+    return {
+        "point": str(point),
+        "images": f"float32, (batch, 3, {size}, {size}), RGB, normalised as in training",
+        "logits": "float32, (batch, classes)",
+        "classes": list(trained.feed.dataset.classes),
+        "trained": f"{trained.experiment.name}, {trained.step} steps",
+    }

@@ -1,0 +1,27 @@
+"""Losses against another network's answer.
+
+Shapes: B images, K classes.
+"""
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+
+def soft_labels(logits: Tensor) -> Tensor:
+    """Probabilities (B, K) in fp32, cut off from the graph: a student never teaches its teacher (US-Nets 4.2)."""
+    return logits.detach().float().softmax(dim=1)
+
+
+def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Mean over images of -sum_k p_k log q_k, at temperature 1; both (B, K)."""
+    return -(probabilities * log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
+
+
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, probabilities: Tensor, *, hard: float, smoothing: float
+) -> Tensor:
+    """`hard` times the cross entropy with labels plus 1 - `hard` times that with probabilities (US-Nets 4.2)."""
+    soft = soft_cross_entropy(logits, probabilities)
+    if hard == 0.0:
+        return soft
+    return hard * cross_entropy(logits, labels, label_smoothing=smoothing) + (1.0 - hard) * soft

@@ -1,0 +1,117 @@
+"""Universally slimmable networks (Yu and Huang, ICCV 2019, arXiv 1903.05134): one network at any width in a range.
+
+Gradients of the passes are summed, not averaged, as in the authors' code, so that learning rates mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pliant.errors import UserError
+from pliant.methods.distillation import mixed_cross_entropy, soft_labels
+from pliant.methods.widths import WidthRecipe, admitted, grid
+from pliant.networks.mobilenet import SlimmableNet, WidthLike
+from pliant.randomness import Draw
+from pliant.recipe import Batch, Pass, Point, Progress, Width
+
+Rule = Literal["sandwich", "min", "max", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class USNet(WidthRecipe):
+    """Algorithm 1: the full network on the labels, then the smallest and n - 2 random ones on its answer."""
+
+    low: float = 0.35
+    """Smallest width, the paper's lower bound k0."""
+    high: float = 1.0
+    """Largest width."""
+    n: int = 4
+    """Passes per iteration (Fig. 9: 4 is better than 3, 5 like 4)."""
+    rule: Rule = "sandwich"
+    """Which widths, Table 2. sandwich: smallest, largest, n - 2 random. min: smallest, n - 1 random. max: largest,
+    n - 1 random; with n = 1 the largest alone, which is plain training. random: n random."""
+    distill: bool = True
+    """In-place distillation (section 4.2); needs the largest width in each iteration."""
+    hard: float = 0.0
+    """Share of the labels' own loss in the distilled passes, in [0, 1]; the paper found 0 best (section 4.2)."""
+    hard_decay: bool = False
+    """Let that share fall linearly to 0 over the stage."""
+    nonuniform: bool = False
+    """Random passes draw a width for each group of layers (section 6), each micro-batch its own; the smallest and
+    largest passes stay uniform."""
+    grid: float = 0.05
+    """Distance of the widths that a spectrum shows."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low <= self.high <= 1.0:
+            raise UserError(
+                f"The widths of a US-Net run from --recipe.low to --recipe.high, with 0 < low <= high <= 1: got "
+                f"{self.low:g} and {self.high:g}."
+            )
+        least = 2 if self.rule == "sandwich" else 1
+        if self.n < least:
+            raise UserError(f"The rule {self.rule} needs --recipe.n of {least} or more, not {self.n}.")
+        if self.distill and self.rule not in ("sandwich", "max"):
+            raise UserError(
+                f"The rule {self.rule} does not run the largest width in each iteration, which in-place distillation "
+                "learns from: write --recipe.no-distill, or --recipe.rule sandwich."
+            )
+        if not 0.0 <= self.hard <= 1.0:
+            raise UserError(f"A share of the loss lies in [0, 1]: write --recipe.hard so, not {self.hard:g}.")
+        super().__post_init__()
+
+    def build(self, classes: int) -> SlimmableNet:
+        tracked = [cast(Width, point).ratio for point in self.tracked()]
+        return self.network.build(classes, tracked=tracked, widest=self.high)
+
+    def passes(self, progress: Progress) -> int:
+        return self.n
+
+    def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
+        widths = self.widths(cast(SlimmableNet, net), draw)
+        answers = cast(SlimmableNet, net).at_each(batch.images, widths)
+        soft: Tensor | None = None
+        for width, logits in zip(widths, answers, strict=True):
+            if soft is None:
+                loss = cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+                soft = soft_labels(logits) if self.distill else None
+            else:
+                hard = self.hard * (1.0 - progress.stage_share) if self.hard_decay else self.hard
+                loss = mixed_cross_entropy(logits, batch.labels, soft, hard=hard, smoothing=self.label_smoothing)
+            yield Pass(f"{width:.2f}x" if width in (self.low, self.high) else "random", loss)
+
+    def widths(self, net: SlimmableNet, draw: Draw) -> list[WidthLike]:
+        """The widths of one iteration, largest first where the rule has it."""
+        fixed: list[WidthLike] = []
+        if self.rule in ("sandwich", "max"):
+            fixed.append(self.high)
+        if self.rule in ("sandwich", "min"):
+            fixed.append(self.low)
+        rest = self.n - len(fixed)
+        if not self.nonuniform:
+            return [*fixed, *draw.uniform(self.low, self.high, rest)]
+        ratios = draw.own("nonuniform").uniform(self.low, self.high, (rest, len(net.groups)))
+        return [*fixed, *(tuple(row) for row in ratios.tolist())]
+
+    def points(self) -> tuple[Point, ...]:
+        return tuple(Width(width) for width in grid(self.low, self.high, self.grid))
+
+    def tracked(self) -> tuple[Point, ...]:
+        bounds = {"sandwich": (self.low, self.high), "min": (self.low,), "max": (self.high,), "random": ()}
+        return tuple(Width(width) for width in dict.fromkeys(bounds[self.rule]))
+
+    def admits(self, point: Point) -> str | None:
+        return admitted(point, self.low, self.high, self.network.number_of_groups)
+
+    def graphs(self) -> int | str:
+        if self.n > len(self.tracked()):
+            return (
+                "a US-Net draws its widths freely, each a graph of its own, and torch falls back to running "
+                "uncompiled without a message once it has met too many"
+            )
+        return self.n

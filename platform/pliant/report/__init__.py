@@ -1,0 +1,1 @@
+"""Tables and pictures of finished runs, from what a run folder holds."""

@@ -1,0 +1,98 @@
+"""The spectrum of a run, as a table and as a picture: accuracy over cost, one line per point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pliant.errors import UserError
+
+
+def read(run: Path) -> dict[str, Any]:
+    """The run's spectrum.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = run / "spectrum.json"
+    if not path.is_file():
+        raise UserError(f"{run} has no spectrum yet: write pliant spectrum {run}.")
+    spectrum: dict[str, Any] = json.loads(path.read_text())
+    return spectrum
+
+
+def title(spectrum: dict[str, Any]) -> str:
+    """What was measured, on how many images of which kind."""
+    images = spectrum["lines"][0]["images"]
+    kind = "generated images" if spectrum["generated"] else "images"
+    split = spectrum["split"].replace("_", "-")
+    return f"{spectrum['name']}: one {spectrum['method']} after {spectrum['step']} steps, {images} {split} {kind}"
+
+
+def table(spectrum: dict[str, Any]) -> Table:
+    """One row per point, for a terminal."""
+    rows = Table(title=title(spectrum), title_justify="left")
+    for name in ("point", "top-1 %", "top-5 %", "loss", "MACs (M)", "parameters (M)"):
+        rows.add_column(name, justify="right", no_wrap=True)
+    for line in spectrum["lines"]:
+        rows.add_row(
+            line["point"],
+            f"{100 * line['top1']:.2f}",
+            f"{100 * line['top5']:.2f}",
+            f"{line['loss']:.3f}",
+            _millions(line["macs"]),
+            _millions(line["parameters"], digits=3),
+        )
+    return rows
+
+
+def _millions(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value / 1e6:.{digits}f}"
+
+
+def draw(spectrum: dict[str, Any], path: Path) -> Path:
+    """Top-1 accuracy over MACs, as a PNG."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = sorted(spectrum["lines"], key=lambda line: float(line["macs"] or 0))
+    costs = [(line["macs"] or 0) / 1e6 for line in lines]
+    accuracies = [100 * line["top1"] for line in lines]
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
+    axes.plot(costs, accuracies, marker="o", markersize=4, color="#1f5fa8")
+    every = max(1, len(lines) // 8)
+    for number, (line, cost, accuracy) in enumerate(zip(lines, costs, accuracies, strict=True)):
+        if number % every == 0 or number == len(lines) - 1:
+            axes.annotate(
+                line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+            )
+    axes.set_xlabel("multiply-accumulates per image (millions)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title(title(spectrum), fontsize=9)
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial)
+    pyplot.close(figure)
+    partial.rename(path)
+    return path
+
+
+def scalars(spectrum: dict[str, Any], run: Path) -> None:
+    """The spectrum into the run's TensorBoard: one scalar per point and figure, and the picture."""
+    import numpy as np
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard")) as boards:
+        for line in spectrum["lines"]:
+            for name in ("top1", "top5", "loss", "macs"):
+                boards.add_scalar(f"spectrum/{name}/{line['point']}", line[name], spectrum["step"])
+        picture = np.asarray(Image.open(run / "spectrum.png").convert("RGB"))
+        boards.add_image("spectrum", picture, spectrum["step"], dataformats="HWC")

@@ -1,0 +1,54 @@
+"""What several tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of photographs, CIFAR-10 and weights beside the repository, or where PLIANT_TEST_DATA
+    says."""
+    folder = Path(os.environ.get("PLIANT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder}: name their folder in PLIANT_TEST_DATA")
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def draw_image() -> Callable[[Path, int, int], Path]:
+    """Writes an image file of a given height and width: coloured noise, smooth enough to be resized."""
+
+    def draw(path: Path, height: int, width: int) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng([height, width, *path.name.encode()])
+        coarse = generator.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR).save(path)
+        return path
+
+    return draw
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path, draw_image: Callable[[Path, int, int], Path], own_cache: Path) -> Path:
+    """A small dataset: three classes of eight training images and of three validation images each."""
+    root = tmp_path / "images"
+    for split, images in (("train", 8), ("val", 3)):
+        for number, name in enumerate(("cat", "dog", "newt")):
+            for image in range(images):
+                draw_image(root / split / name / f"{image}.png", 40 + 3 * image, 64 - 5 * image + number)
+    return root

@@ -1,0 +1,215 @@
+"""What is found on disk, what is kept of it, and what is said where the folder is not as it should be."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pliant.data import Feed, open_dataset
+from pliant.data.dataset import GENERATED_MARK, held_out_positions
+from pliant.data.index import scan
+from pliant.errors import UserError
+from pliant.experiment import Batching, Data
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def refusal(root: Path | None, **settings) -> str:
+    """What `open_dataset` says, which must be one sentence."""
+    with pytest.raises(UserError) as caught:
+        open_dataset(Data(root=root, **settings), seed=0)
+    return one_sentence(str(caught.value))
+
+
+def one_sentence(text: str) -> str:
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+def test_scan_finds_every_image_with_label_and_size(image_folder):
+    (image_folder / "train" / "cat" / "notes.txt").write_text("no image")
+    (image_folder / "train" / "cat" / "._0.png").write_text("what macOS leaves behind")
+    (image_folder / "train" / "dog" / "more").mkdir()
+    Image.new("RGB", (7, 9)).save(image_folder / "train" / "dog" / "more" / "x.JPG")
+    index = scan(image_folder / "train", None)
+    assert index.classes == ("cat", "dog", "newt")
+    assert np.bincount(index.labels).tolist() == [8, 9, 8]
+    for position in range(len(index)):
+        with Image.open(index.path(position)) as image:
+            assert (image.height, image.width) == tuple(index.sizes[position])
+    assert index.path(16) == str(image_folder / "train" / "dog" / "more" / "x.JPG")
+    part = index.subset(np.array([16, 2]))
+    assert [part.path(0), part.path(1)] == [index.path(16), index.path(2)]
+    assert part.labels.tolist() == [1, 0]
+
+
+def test_sizes_are_those_before_an_exif_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated by 90 degrees
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (30, 20)).save(tmp_path / name / "x.jpg", exif=exif)
+    assert scan(tmp_path, None).sizes.tolist() == [[20, 30], [20, 30]]
+
+
+def test_cache_serves_until_a_file_changes(image_folder, own_cache, monkeypatch, draw_image):
+    folder = image_folder / "train"
+    before = scan(folder, None)
+    assert len(list((own_cache / "pliant").glob("*.npz"))) == 1
+
+    def forbidden(*_):
+        raise AssertionError("a header was read although the cache is fresh")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pliant.data.index._size", forbidden)
+        again = scan(folder, ["newt", "cat", "dog"])
+    np.testing.assert_array_equal(again.sizes, before.sizes)
+    assert again.classes[again.labels[0]] == "cat"
+
+    draw_image(folder / "cat" / "0.png", 11, 13)
+    assert scan(folder, None).sizes[0].tolist() == [11, 13]
+    (folder / "cat" / "0.png").unlink()
+    assert len(scan(folder, None)) == len(before) - 1
+
+
+def test_a_damaged_cache_is_read_past_and_an_unwritable_one_ignored(image_folder, own_cache, monkeypatch):
+    before = scan(image_folder / "train", None)
+    (file,) = (own_cache / "pliant").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    np.testing.assert_array_equal(scan(image_folder / "train", None).sizes, before.sizes)
+    blocker = own_cache / "blocker"
+    blocker.write_text("a file where the cache folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocker))
+    np.testing.assert_array_equal(scan(image_folder / "train", None).sizes, before.sizes)
+
+
+def test_classes_come_from_a_list_where_not_all_are_present(image_folder, tmp_path):
+    names = tmp_path / "classes.txt"
+    names.write_text("zebra\nnewt\n\ncat\ndog\n")
+    dataset = open_dataset(Data(root=image_folder, class_list=names), seed=0)
+    assert dataset.classes == ("zebra", "newt", "cat", "dog")
+    assert dataset.num_classes == 4
+    assert np.bincount(dataset.train.labels).tolist() == [0, 8, 8, 8]
+    assert dataset.val is not None
+    assert dataset.val.labels.max() == 3
+
+
+def test_class_folders_alone_are_training_images(image_folder):
+    dataset = open_dataset(Data(root=image_folder / "train", classes=10), seed=0)
+    assert len(dataset.train) == 24
+    assert dataset.val is None
+    assert dataset.num_classes == 10
+    with pytest.raises(UserError, match="no validation images"):
+        dataset.split("val")
+    with pytest.raises(UserError, match=r"--data\.held-out 1000"):
+        dataset.split("held_out")
+
+
+def test_generated_images_are_known_as_such(image_folder):
+    assert not open_dataset(Data(root=image_folder), seed=0).generated
+    (image_folder / GENERATED_MARK).write_text("{}")
+    assert open_dataset(Data(root=image_folder), seed=0).generated
+
+
+def test_roots_that_hold_no_dataset(tmp_path):
+    assert "--data.root /path/to/imagenet" in refusal(None)
+    assert "train/CLASS/FILE.JPEG" in refusal(None)
+    assert str(tmp_path / "absent") in refusal(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in refusal(tmp_path / "empty")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "x.jpg").write_text("")
+    assert "neither a folder train nor class folders" in refusal(tmp_path / "loose")
+
+
+def test_layouts_that_are_incomplete(image_folder, tmp_path):
+    (image_folder / "train").rename(tmp_path / "kept")
+    assert "val but no folder train" in refusal(image_folder)
+    (image_folder / "train").mkdir()
+    assert f"{image_folder / 'train'} holds no class folders" in refusal(image_folder)
+    (tmp_path / "kept" / "cat").rename(image_folder / "train" / "cat")
+    assert "one class folder only, cat" in refusal(image_folder)
+    (tmp_path / "kept" / "dog").rename(image_folder / "train" / "dog")
+    assert str(image_folder / "val" / "newt") in refusal(image_folder)
+    (image_folder / "train" / "newt").mkdir()
+    assert f"{image_folder / 'train' / 'newt'} holds no image" in refusal(image_folder)
+
+
+def test_validation_images_that_are_not_sorted_into_classes(image_folder):
+    for name in ("cat", "dog", "newt"):
+        (image_folder / "val" / name).rename(image_folder / name)
+    assert f"{image_folder / 'val'} holds no class folders" in refusal(image_folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff\xe0 broken"])
+def test_a_file_that_is_no_image_is_named(image_folder, content):
+    file = image_folder / "train" / "dog" / "zz.jpg"
+    file.write_bytes(content)
+    assert str(file) in refusal(image_folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_named(image_folder):
+    folder = image_folder / "train" / "dog"
+    folder.chmod(0)
+    try:
+        assert str(folder) in refusal(image_folder)
+    finally:
+        folder.chmod(0o755)
+
+
+def test_class_lists_that_do_not_fit(image_folder, tmp_path):
+    names = tmp_path / "classes.txt"
+    assert str(names) in refusal(image_folder, class_list=names)
+    names.write_text("\n")
+    assert "is empty" in refusal(image_folder, class_list=names)
+    names.write_text("cat\ndog\ncat\n")
+    assert "cat twice" in refusal(image_folder, class_list=names)
+    names.write_text("cat\ndog\n")
+    assert str(image_folder / "train" / "newt") in refusal(image_folder, class_list=names)
+
+
+def test_numbers_that_do_not_fit_the_dataset(image_folder):
+    assert "--data.classes 3" in refusal(image_folder, classes=2)
+    assert "--data.held-out 2" in refusal(image_folder, held_out=24)
+    data = Data(root=image_folder)
+    with pytest.raises(UserError) as caught:
+        Feed(open_dataset(data, 0), data, Batching(images=32, micro=8), seed=0, device="cpu")
+    assert "32 images but there are only 24" in one_sentence(str(caught.value))
+    data = Data(root=image_folder, tail="wrap")
+    feed = Feed(open_dataset(data, 0), data, Batching(images=32, micro=8), seed=0, device="cpu")
+    assert feed.steps_per_epoch == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(scale=(0.5, 0.1)), dict(jitter=1.5), dict(lighting=-1.0), dict(size=0), dict(classes=1), dict(threads=0)],
+)
+def test_settings_that_make_no_sense(settings):
+    with pytest.raises(UserError) as caught:
+        Data(**settings)
+    assert re.search("write|lies between", one_sentence(str(caught.value)))
+
+
+def test_held_out_images_are_balanced_and_leave_training(image_folder):
+    dataset = open_dataset(Data(root=image_folder, held_out=7), seed=1)
+    assert dataset.held_out is not None
+    assert sorted(np.bincount(dataset.held_out.labels).tolist()) == [2, 2, 3]
+    kept = {dataset.train.path(position) for position in range(17)}
+    back = {dataset.held_out.path(position) for position in range(7)}
+    assert len(kept | back) == 24
+    again = open_dataset(Data(root=image_folder, held_out=7), seed=1)
+    assert again.held_out is not None
+    assert back == {again.held_out.path(position) for position in range(7)}
+
+
+def test_held_out_images_of_scarce_classes():
+    labels = np.array([0] * 50 + [1] * 2 + [4] * 50, np.int32)
+    assert np.bincount(labels[held_out_positions(labels, 22, 0)], minlength=5).tolist() == [10, 2, 0, 0, 10]
+    assert not np.array_equal(held_out_positions(labels, 22, 0), held_out_positions(labels, 22, 1))
