@@ -1,4 +1,4 @@
-"""US-MobileNetV1 on ImageNet (Yu and Huang 2019, Table 1): top-1 error 28.2 / 30.5 / 35.8 / 44.3 % at 1.0 / .75 / .5 / .25.
+"""US-MobileNetV1 on ImageNet (Yu and Huang 2019, Table 1): error 28.2 / 30.5 / 35.8 / 44.3 % at 1 / .75 / .5 / .25.
 
     accelerate launch recipes/usnet_mbv1.py --data.root /imagenet
 

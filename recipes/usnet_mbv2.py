@@ -1,4 +1,4 @@
-"""US-MobileNetV2 on ImageNet (Yu and Huang 2019, Table 1): top-1 error 28.5 / 30.3 / 35.0 / 37.8 % at 1.0 / .75 / .5 / .35.
+"""US-MobileNetV2 on ImageNet (Yu and Huang 2019, Table 1): error 28.5 / 30.3 / 35.0 / 37.8 % at 1 / .75 / .5 / .35.
 
     accelerate launch recipes/usnet_mbv2.py --data.root /imagenet
 

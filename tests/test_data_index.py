@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pliant.data import Feed, open_dataset
-from pliant.data.dataset import GENERATED_MARK, held_out_positions
+from pliant.data.dataset import held_out_positions
 from pliant.data.index import scan
 from pliant.errors import UserError
 from pliant.experiment import Batching, Data
@@ -111,7 +111,7 @@ def test_class_folders_alone_are_training_images(image_folder):
 
 def test_generated_images_are_known_as_such(image_folder):
     assert not open_dataset(Data(root=image_folder), seed=0).generated
-    (image_folder / GENERATED_MARK).write_text("{}")
+    (image_folder / "sample.json").write_text("{}")
     assert open_dataset(Data(root=image_folder), seed=0).generated
 
 

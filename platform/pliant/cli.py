@@ -196,9 +196,9 @@ def parse_points(texts: Sequence[str]) -> list[Point]:
         try:
             low, step, high = (float(part) for part in text.split(":"))
             count = round((high - low) / step)
-            if count < 0 or abs(low + count * step - high) > 1e-6:
-                raise ValueError
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
+            count, low, step, high = -1, 0.0, 0.0, 0.0
+        if count < 0 or abs(low + count * step - high) > 1e-6:
             raise UserError(
                 f"{text!r} is no range of widths: write low:step:high, for instance 0.35:0.05:1.0."
             ) from None

@@ -153,6 +153,12 @@ class Calibration:
     batch: int = 64
     """Images of a calibration batch."""
 
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise UserError(f"Batch norm cannot be calibrated on {self.images} images: write a number, or 0 for all.")
+        if self.batch < 1:
+            raise UserError(f"A calibration batch cannot hold {self.batch} images: write 1 or more.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:

@@ -54,8 +54,16 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         written.append(path)
     if "onnx" in formats:
         path = folder / "model.onnx"
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        torch.onnx.export(program, (images,), path, dynamo=True, external_data=False, verbose=False, **names)
+        torch.onnx.export(
+            program,
+            (images,),
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+        )
         written.append(path)
     path = folder / "model.json"
     path.write_text(json.dumps(_description(trained, point, size), indent=2) + "\n")

@@ -28,10 +28,11 @@ def philox(seed: int, purpose: str, *counters: int) -> np.random.Generator:
         raise ValueError(f"At most three counters, got {counters}.")
     digest = hashlib.blake2b(purpose.encode(), digest_size=8).digest()
     words = (*counters, *(0,) * (3 - len(counters)))
+    # Arrays of 64 bits: a list with a number above 2**63 would be rounded to doubles, and neighbouring seeds be one.
+    key = np.array([seed, int.from_bytes(digest, "little")], np.uint64)
     # The lowest word is left to the generator itself: 2**64 blocks of numbers for each place.
-    return np.random.Generator(
-        np.random.Philox(key=[seed, int.from_bytes(digest, "little")], counter=[0, *reversed(words)])
-    )
+    counter = np.array([0, *reversed(words)], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class Width(Point):
             raise UserError(f"A width lies above 0 and is at most 1, not {self.ratio:g}: write for instance 0.35.")
 
     def __str__(self) -> str:
-        return f"{self.ratio:.4g}x"
+        return f"{_decimal(self.ratio)}x"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,13 @@ class Widths(Point):
             Width(ratio)
 
     def __str__(self) -> str:
-        return "/".join(f"{ratio:.4g}" for ratio in self.ratios) + "x"
+        return "/".join(map(_decimal, self.ratios)) + "x"
+
+
+def _decimal(ratio: float) -> str:
+    """Four digits where they say all; else as many as it takes, as a point's text names its statistics too."""
+    short = f"{ratio:.4g}"
+    return short if float(short) == ratio else repr(ratio)
 
 
 def parse_point(text: str) -> Point:

@@ -55,7 +55,10 @@ def load(folder: Path) -> Experiment:
     path = folder / "experiment.json"
     if not path.is_file():
         raise UserError(f"{folder} is no run: it has no experiment.json; write the folder of a run, as train named it.")
-    plain = json.loads(path.read_text())
+    try:
+        plain = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): write the folder of another run.") from None
     try:
         recipe_fields = dict(plain.pop("recipe"))
         module_name, _, name = str(recipe_fields.pop("type")).partition(":")
@@ -68,7 +71,9 @@ def load(folder: Path) -> Experiment:
         hints = get_type_hints(Experiment)
         values = {key: _converter.structure(value, hints[key]) for key, value in plain.items()}
         return Experiment(recipe=recipe, **values)
-    except (cattrs.BaseValidationError, KeyError, AttributeError, ImportError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # cattrs has several, and a recipe file may raise anything
         raise UserError(
             f"{path} was written by another version of Pliant or of its recipe ({error!r}): check out the commit that "
             "its environment.json names."

@@ -15,9 +15,6 @@ from pliant.errors import UserError
 from pliant.experiment import Data
 from pliant.randomness import philox
 
-GENERATED_MARK = "sample.json"
-"""Name of the file in a dataset's root that says that its images are generated."""
-
 SplitName = Literal["train", "held_out", "val"]
 
 
@@ -35,8 +32,6 @@ class Dataset:
     """Names of the classes, in the order of the labels."""
     num_classes: int
     """Outputs that a network needs: `data.classes`, or as many as there are names."""
-    generated: bool = False
-    """Whether data/generate_sample.py drew the images: accuracies on them say nothing about photographs."""
     generated: bool = False
     """Rendered by data/generate_sample.py, not photographed: said wherever a result is shown."""
 
@@ -82,10 +77,8 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     held_out = None
     if data.held_out:
         kept_back = held_out_positions(train.labels, data.held_out, seed)
-        held_out, train = (
-            train.subset(kept_back),
-            train.subset(np.setdiff1d(np.arange(len(train)), kept_back)),
-        )
+        trained = np.setdiff1d(np.arange(len(train)), kept_back)
+        held_out, train = train.subset(kept_back), train.subset(trained)
     generated = data.root is not None and (data.root / "sample.json").is_file()
     return Dataset(train, held_out, val, train.classes, data.classes or found, generated)
 

@@ -99,7 +99,7 @@ def unflatten_(tensors: Sequence[Tensor], row: Tensor) -> None:
 def mean_over_ranks(rows: Tensor, shares: Sequence[int]) -> Tensor:
     """The mean of the ranks' running statistics, (ranks, n) to (n,), each weighted by its micro-batches per step."""
     weights = torch.tensor(shares, dtype=torch.float64, device=rows.device)
-    return ((weights / weights.sum()) @ rows.double()).float()
+    return ((weights / weights.sum()) @ rows.double()).to(rows.dtype)
 
 
 def twin(net: nn.Module) -> nn.Module:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -169,8 +169,8 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: Path) ->
         here = tuple(expected[name].shape) if name in expected else "missing"
         if there != here:
             raise UserError(
-                f"{source} holds another network: {name} is {there} there and {here} in this recipe's network. Write the "
-                "recipe, classes and network settings that it was trained with."
+                f"{source} holds another network: {name} is {there} there and {here} in this recipe's network. Write "
+                "the recipe, classes and network settings that it was trained with."
             )
     net.load_state_dict(dict(weights))
 

@@ -3,18 +3,19 @@
 Shapes: B images, K classes.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 
 def soft_labels(logits: Tensor) -> Tensor:
-    """Probabilities (B, K) in fp32, cut off from the graph: a student never teaches its teacher (US-Nets 4.2)."""
-    return logits.detach().float().softmax(dim=1)
+    """Probabilities (B, K) in fp32 or better, cut off from the graph: a student never teaches its teacher (US-Nets 4.2)."""
+    return _precise(logits.detach()).softmax(dim=1)
 
 
 def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     """Mean over images of -sum_k p_k log q_k, at temperature 1; both (B, K)."""
-    return -(probabilities * log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
+    return -(probabilities * log_softmax(_precise(logits), dim=1)).sum(dim=1).mean()
 
 
 def mixed_cross_entropy(
@@ -25,3 +26,8 @@ def mixed_cross_entropy(
     if hard == 0.0:
         return soft
     return hard * cross_entropy(logits, labels, label_smoothing=smoothing) + (1.0 - hard) * soft
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In fp32 at least: autocast leaves bf16 logits, whose exponentials are coarse."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

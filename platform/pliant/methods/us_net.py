@@ -63,6 +63,8 @@ class USNet(WidthRecipe):
             )
         if not 0.0 <= self.hard <= 1.0:
             raise UserError(f"A share of the loss lies in [0, 1]: write --recipe.hard so, not {self.hard:g}.")
+        if not self.grid > 0.0:
+            raise UserError(f"Widths cannot be {self.grid:g} apart: write a --recipe.grid above 0.")
         super().__post_init__()
 
     def build(self, classes: int) -> SlimmableNet:

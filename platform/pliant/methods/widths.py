@@ -45,7 +45,7 @@ class WidthRecipe(Recipe):
         try:  # the channel counts are arithmetic: refuse a divisor before a weight is allocated
             self.network.check()
         except ValueError as error:
-            raise UserError(f"{error} (--recipe.network.divisor)") from None
+            raise UserError(f"{str(error).removesuffix('.')} (--recipe.network.divisor).") from None
 
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         return Outcome(logits=net(images, width_of(point)))

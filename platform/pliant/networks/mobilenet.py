@@ -85,6 +85,11 @@ class MobileNet:
         return kind(self, classes, tracked=tuple(tracked), widest=widest, private=private)
 
 
+def relu6(x: Tensor) -> Tensor:
+    """In place: batch norm keeps its input for the backward, not this."""
+    return F.relu6(x, inplace=True)
+
+
 class _Norm:
     """Makes batch norms whose sets fit the channels that a layer has at each tracked width."""
 
@@ -190,11 +195,11 @@ class SlimmableNet(nn.Module):
         shared = Shared(self.prefix(images, widest))
         for number, width in enumerate(widths, start=1):
             first = self.channels(width)[0]
-            yield self.rest(shared.settle() if number == len(widths) else shared.borrow(first), width)
+            yield self.rest(shared.settle(first) if number == len(widths) else shared.borrow(first), width)
 
     def classify(self, x: Tensor) -> Tensor:
         """Features (B, C, H, W) to logits (B, K)."""
-        answer: Tensor = self.classifier[1](self.classifier[0](x.mean((2, 3))))
+        answer: Tensor = self.classifier[1](self.classifier[0](F.adaptive_avg_pool2d(x, 1).flatten(1)))
         return answer
 
     def index(self, width: WidthLike) -> int | None:
@@ -273,20 +278,20 @@ class MobileNetV2(SlimmableNet):
         tracked = [self._layout(channels) for channels in (self.channels(width) for width in self.tracked)]
         prefix_sets = [layout[0][0] for layout in tracked] if self.private else [full[0]]
         stem = SlimmableConv2d(3, full[0], 3, stride=self.spec.stem_stride)
-        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets), F.relu6)]
+        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets), relu6)]
         for number, (inputs, hidden, outputs, stride, residual) in enumerate(self._layout(full)):
             hidden_sets = [layout[number][1] for layout in tracked] if number else prefix_sets
             layers: list[nn.Module] = []
             if number:
                 expand = SlimmableConv2d(inputs, hidden, 1, average=average)
-                layers.append(ConvNorm(expand, norm(hidden, hidden_sets), F.relu6))
+                layers.append(ConvNorm(expand, norm(hidden, hidden_sets), relu6))
             depthwise = SlimmableConv2d(hidden, hidden, 3, stride=stride, groups=hidden)
-            layers.append(ConvNorm(depthwise, norm(hidden, hidden_sets), F.relu6))
+            layers.append(ConvNorm(depthwise, norm(hidden, hidden_sets), relu6))
             layers.append(SlimmableConv2d(hidden, outputs, 1, average=average))
             layers.append(norm(outputs, [layout[number][2] for layout in tracked]))
             features.append(InvertedResidual(layers, residual))
         last = SlimmableConv2d(full[len(V2_STAGES)], self.head, 1, average=average)
-        features.append(ConvNorm(last, norm(self.head, [self.head] * len(self.tracked)), F.relu6))
+        features.append(ConvNorm(last, norm(self.head, [self.head] * len(self.tracked)), relu6))
         self.features = nn.ModuleList(features)
         self.classifier = nn.ModuleList([nn.Dropout(self.spec.dropout), SlimmableLinear(self.head, self.classes)])
 
@@ -327,7 +332,10 @@ class MobileNetV2(SlimmableNet):
 
 
 class MobileNetV1(SlimmableNet):
-    """Depthwise-separable blocks. Groups: the stem and each block's output; a depthwise layer follows its input."""
+    """Depthwise-separable blocks, with ReLU6 as in TensorFlow's and the US-Nets authors' code.
+
+    Groups: the stem and each block's output; a depthwise layer follows its input.
+    """
 
     def __init__(self, spec: MobileNet, classes: int, *, tracked: tuple[float, ...], widest: float, private: bool):
         self.groups = ("stem", *(f"block{number}" for number in range(1, len(V1_BLOCKS) + 1)))
@@ -348,7 +356,7 @@ class MobileNetV1(SlimmableNet):
         sets = [[self.channels(width)[group] for width in self.tracked] for group in range(len(full))]
         prefix_sets = sets[0] if self.private else [full[0]]
         stem = SlimmableConv2d(3, full[0], 3, stride=self.spec.stem_stride)
-        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets), F.relu)]
+        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets), relu6)]
         for number in range(len(V1_BLOCKS)):
             inputs, outputs = full[number], full[number + 1]
             depthwise = SlimmableConv2d(inputs, inputs, 3, stride=self._stride(number), groups=inputs)
@@ -356,8 +364,8 @@ class MobileNetV1(SlimmableNet):
             depthwise_sets = sets[number] if number else prefix_sets
             features.append(
                 Separable(
-                    ConvNorm(depthwise, norm(inputs, depthwise_sets), F.relu),
-                    ConvNorm(pointwise, norm(outputs, sets[number + 1]), F.relu),
+                    ConvNorm(depthwise, norm(inputs, depthwise_sets), relu6),
+                    ConvNorm(pointwise, norm(outputs, sets[number + 1]), relu6),
                 )
             )
         self.features = nn.ModuleList(features)
@@ -381,10 +389,10 @@ class MobileNetV1(SlimmableNet):
 
     def skeleton(self, width: WidthLike) -> nn.Module:
         channels = self.channels(width)
-        features: list[nn.Module] = [conv_norm_activation(3, channels[0], 3, self.spec.stem_stride, relu=nn.ReLU)]
+        features: list[nn.Module] = [conv_norm_activation(3, channels[0], 3, self.spec.stem_stride)]
         for number, (inputs, outputs) in enumerate(pairwise(channels)):
-            depthwise = conv_norm_activation(inputs, inputs, 3, self._stride(number), groups=inputs, relu=nn.ReLU)
-            pointwise = conv_norm_activation(inputs, outputs, 1, relu=nn.ReLU)
+            depthwise = conv_norm_activation(inputs, inputs, 3, self._stride(number), groups=inputs)
+            pointwise = conv_norm_activation(inputs, outputs, 1)
             features.append(nn.Sequential(depthwise, pointwise))
         classifier = nn.Linear(channels[-1], self.classes)
         return nn.Sequential(

@@ -30,12 +30,10 @@ class Residual(nn.Module):
         return x + y if self.residual else y
 
 
-def conv_norm_activation(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: type[nn.Module] = nn.ReLU6
-) -> nn.Sequential:
+def conv_norm_activation(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """The three layers, padded to keep the size at stride 1."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), relu(inplace=True))
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
 
 
 @torch.no_grad()

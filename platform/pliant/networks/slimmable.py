@@ -24,6 +24,8 @@ def active_channels(channels: int, ratio: float, divisor: int) -> int:
     Raises:
         ValueError: no multiple of the divisor fits into the layer.
     """
+    if divisor < 1:
+        raise ValueError(f"A width divisor is at least 1, not {divisor}: write for instance 8.")
     if divisor > channels:
         raise ValueError(
             f"A width divisor of {divisor} leaves no channel in a layer of {channels}: "

@@ -6,6 +6,7 @@ take part in it, on every rank, so nothing stays local and no parameter has to b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -34,7 +35,10 @@ class DataParallel:
 
     def __init__(self, net: nn.Module, ranks: Ranks) -> None:
         self.averaged = ranks.count
-        self._ddp = DistributedDataParallel(_NextPass(net), broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Torch 2.13 has a new name for it; both mean the same here, and 2.11 knows only this one.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._ddp = DistributedDataParallel(_NextPass(net), broadcast_buffers=False)
 
     def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
         """The next pass, or None."""

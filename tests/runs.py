@@ -1,0 +1,93 @@
+"""Small runs for tests: a dataset in CIFAR's form, and recipe files started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def tiny_cifar(root: Path, images: int = 40) -> Path:
+    """Random images in the layout of CIFAR-10's binary files, `images` in each of the five training files."""
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
+        labels = (np.arange(images) % 10).astype(np.uint8)[:, None]
+        pixels = generator.integers(0, 256, (images, 3072), dtype=np.uint8)
+        # A class shows in its brightness, so that a loss can fall.
+        pixels = (pixels // 2 + 12 * labels).astype(np.uint8)
+        (folder / name).write_bytes(np.concatenate([labels, pixels], axis=1).tobytes())
+    return root
+
+
+def arguments(data: Path, runs: Path, **settings: object) -> list[str]:
+    """The command line of a tiny run of recipes/usnet_cifar10.py; settings by dotted name with __ for the dots."""
+    asked: dict[str, object] = {
+        "data.root": data,
+        "runs": runs,
+        "recipe.network.full": 0.25,
+        "recipe.network.stem-stride": 2,
+        "recipe.network.late-stride": 2,
+        "batch.images": 32,
+        "batch.micro": 8,
+        "optimization.steps": 12,
+        "optimization.warmup-epochs": 0,
+        "calibration.images": 64,
+        "calibration.batch": 16,
+        "log-steps": 1,
+    }
+    asked |= {name.replace("__", "."): value for name, value in settings.items()}
+    return [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+
+
+def command(*given: str, recipe: str = "usnet_cifar10") -> list[str]:
+    """How a user starts a recipe file, with this interpreter."""
+    return [sys.executable, str(REPOSITORY / "recipes" / f"{recipe}.py"), *given]
+
+
+def environment() -> dict[str, str]:
+    """One thread per rank, as torchrun sets it."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def finish(given: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def only_run(runs: Path) -> Path:
+    """The one run below a folder of runs."""
+    (found,) = [path for path in runs.glob("*/*") if path.is_dir()]
+    return found
+
+
+def final_state(run: Path) -> dict[str, object]:
+    """The newest checkpoint's state."""
+    newest = max(path for path in (run / "checkpoints").iterdir() if path.suffix == "")
+    return torch.load(newest / "state.pt", weights_only=True)
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """The losses of each logged step, by pass; a step that was taken twice counts once, the last time."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line["losses"] for line in lines if line["event"] == "step"}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def same(left: object, right: object) -> bool:
+    """Whether two states are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return isinstance(right, list) and len(left) == len(right) and all(map(same, left, right))
+    return left == right

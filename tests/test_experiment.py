@@ -1,0 +1,217 @@
+"""An experiment is kept as JSON, compared on resume, and refused where it contradicts itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pliant import record
+from pliant.errors import UserError
+from pliant.experiment import (
+    RESUME_RULES,
+    Batching,
+    Calibration,
+    Data,
+    Experiment,
+    Optimization,
+    Saving,
+    differences,
+    rule_on_resume,
+)
+from pliant.methods.s_net import SNet
+from pliant.methods.us_net import USNet
+from pliant.networks.mobilenet import MobileNet
+from pliant.recipe import Stage
+from tests.small_recipes import Plain, TwoStages
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
+
+UNUSUAL = Experiment(
+    name="unusual",
+    recipe=USNet(network=MobileNet(version="v1", full=0.5), low=0.3, high=0.9, n=5, hard=0.5, hard_decay=True),
+    data=Data(root=Path("/images"), class_list=Path("list.txt"), resize=99, scale=(0.3, 0.9), held_out=5, classes=12),
+    batch=Batching(images=96, micro=32),
+    optimization=Optimization(steps=7, clip=1.0, ema=0.99, schedule="cosine"),
+    calibration=Calibration(images=0, average="moving", augment=True),
+    saving=Saving(every_steps=3, keep=4),
+    precision="bf16",
+    ranks=2,
+    seed=2**63 - 1,
+    runs=Path("elsewhere"),
+    resume="auto",
+)
+
+OWN_RECIPE = """
+from dataclasses import dataclass
+from pliant.experiment import Experiment
+from pliant.methods.us_net import USNet
+
+@dataclass(frozen=True, kw_only=True)
+class Own(USNet):
+    taste: tuple[str, ...] = ("sour",)
+
+EXPERIMENT = Experiment(name="own", recipe=Own(taste=("sweet", "salty"), low=0.5))
+"""
+
+
+def kept(folder: Path, experiment: Experiment) -> Path:
+    (folder / "experiment.json").write_text(record.dump(experiment))
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_is_read_back_as_it_was_kept(path, tmp_path):
+    experiment = record.load_recipe_file(path).EXPERIMENT
+    assert record.load(kept(tmp_path, experiment)) == experiment
+
+
+@pytest.mark.parametrize("experiment", [UNUSUAL, Experiment(name="stages", recipe=TwoStages())])
+def test_every_setting_is_read_back(experiment, tmp_path):
+    assert record.load(kept(tmp_path, experiment)) == experiment
+
+
+def test_recipe_class_of_a_recipe_file_is_read_back_from_the_run_s_copy_of_it(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_RECIPE)
+    experiment = record.load_recipe_file(path).EXPERIMENT
+    assert json.loads(record.dump(experiment))["recipe"]["type"] == "recipe.py:Own"
+    path.rename(tmp_path / "recipe.py")
+    loaded = record.load(kept(tmp_path, experiment))
+    assert loaded.recipe.taste == ("sweet", "salty")
+    assert differences(experiment, loaded) == {}
+    (tmp_path / "recipe.py").unlink()
+    with pytest.raises(UserError, match=r"There is no recipe file .*recipe\.py"):
+        record.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"later": 1},
+        {"precision": "fp8"},
+        {"seed": "many"},
+        {"data": {"source": "tape"}},
+        {"batch": {"images": 8, "micro": 8, "macro": 8}},
+        {"recipe": {"type": "pliant.methods.us_net:Gone"}},
+        {"recipe": {"type": "pliant.methods.gone:Gone"}},
+        {"recipe": {"type": "pliant.methods.us_net:USNet", "bread": 1}},
+        {"recipe": None},
+    ],
+    ids=str,
+)
+def test_experiment_of_another_version_is_refused_by_name(change, tmp_path):
+    plain = json.loads(record.dump(UNUSUAL))
+    (tmp_path / "experiment.json").write_text(json.dumps(plain | change))
+    with pytest.raises(UserError, match=r"experiment\.json was written by another version"):
+        record.load(tmp_path)
+
+
+def test_damaged_experiment_is_refused_by_name(tmp_path):
+    text = record.dump(UNUSUAL)
+    for content in (text[: len(text) // 2].encode(), b"", b"\xff\xfe"):
+        (tmp_path / "experiment.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"experiment\.json is damaged"):
+            record.load(tmp_path)
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no run: it has no"):
+        record.load(tmp_path)
+
+
+def changed(**changes: object) -> Experiment:
+    return dataclasses.replace(UNUSUAL, **changes)
+
+
+def test_differences_are_named_as_on_the_command_line():
+    assert differences(UNUSUAL, UNUSUAL) == {}
+    assert differences(UNUSUAL, changed(seed=1)) == {"seed": (UNUSUAL.seed, 1)}
+    micro = dataclasses.replace(UNUSUAL.batch, micro=16)
+    network = dataclasses.replace(UNUSUAL.recipe.network, divisor=4)
+    recipe = dataclasses.replace(UNUSUAL.recipe, network=network)
+    assert differences(UNUSUAL, changed(batch=micro, recipe=recipe)) == {
+        "batch.micro": (32, 16),
+        "recipe.network.divisor": (8, 4),
+    }
+
+
+def test_another_method_is_a_difference_even_with_equal_settings():
+    @dataclass(frozen=True, kw_only=True)
+    class Renamed(Plain):
+        pass
+
+    before, after = Experiment(name="a", recipe=Plain()), Experiment(name="a", recipe=Renamed())
+    assert differences(before, after) == {"recipe.type": ("Plain", "Renamed")}
+    assert "recipe.widths" in differences(UNUSUAL, changed(recipe=SNet()))
+
+
+def test_whatever_changes_the_training_is_fixed_on_resume():
+    free = {"ranks", "runs", "resume", "backend", "evaluate_epochs", "log_steps", "data.threads", "data.prefetch"}
+    free |= {f"calibration.{item.name}" for item in dataclasses.fields(Calibration)}
+    free |= {f"saving.{item.name}" for item in dataclasses.fields(Saving)}
+    warned = {"data.root", "data.loader", "compile"}
+    for name in names_of(UNUSUAL):
+        expected = "free" if name in free else "warned" if name in warned else "fixed"
+        assert rule_on_resume(name) == expected, name
+    assert rule_on_resume("recipe.type") == "fixed"
+
+
+def test_every_rule_on_resume_names_a_setting():
+    """A slip of the pen would fix a setting that should be free."""
+    names = names_of(UNUSUAL)
+    for rule in RESUME_RULES:
+        assert any(name == rule or name.startswith(rule + ".") for name in names), rule
+
+
+def names_of(value: object, prefix: str = "") -> list[str]:
+    if not dataclasses.is_dataclass(value):
+        return [prefix[:-1]]
+    items = dataclasses.fields(value)
+    return [name for item in items for name in names_of(getattr(value, item.name), f"{prefix}{item.name}.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lopsided(Plain):
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(name="first", share=0.5), Stage(name="second", share=0.4))
+
+
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    (lambda: Batching(images=100, micro=64), "100 images is no whole number of micro-batches of 64"),
+    (lambda: Batching(images=64, micro=0), "no whole number of micro-batches of 0"),
+    (lambda: Data(scale=(0.5, 0.2)), "cannot cover 0.5 to 0.2"),
+    (lambda: Data(scale=(0.0, 1.0)), "cannot cover 0 to 1"),
+    (lambda: Data(jitter=1.5), "between 0 and 1, not 1.5"),
+    (lambda: Data(lighting=-0.1), "write 0 or more"),
+    (lambda: Data(size=0), "--data.size cannot be 0"),
+    (lambda: Data(held_out=-1), "--data.held-out cannot be -1"),
+    (lambda: Data(classes=1), "--data.classes cannot be 1"),
+    (lambda: Data(threads=0), "--data.threads cannot be 0"),
+    (lambda: Optimization(steps=0), "trains nothing"),
+    (lambda: Optimization(epochs=0), "trains nothing"),
+    (lambda: Optimization(ema=1.0), "between 0 and 1, not 1"),
+    (lambda: Optimization(clip=0.0), "above 0"),
+    (lambda: Calibration(images=-1), "on -1 images"),
+    (lambda: Calibration(batch=0), "hold 0 images"),
+    (lambda: Saving(keep=1), "at least two"),
+    (lambda: Saving(every_steps=0), "at least one step apart"),
+    (lambda: Experiment(name="a", recipe=Plain(), seed=-1), "not -1"),
+    (lambda: Experiment(name="a", recipe=Plain(), seed=2**63), "lies in"),
+    (lambda: Experiment(name="a", recipe=Plain(), log_steps=0), "at least one step apart"),
+    (lambda: Experiment(name="a", recipe=Lopsided()), "add up to 1: got first 0.5, second 0.4"),
+]
+
+
+@pytest.mark.parametrize(("make", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_contradiction_is_refused_in_a_sentence(make, said):
+    with pytest.raises(UserError) as caught:
+        make()
+    text = str(caught.value)
+    assert said in text
+    assert text.endswith(".")
+    assert "\n" not in text

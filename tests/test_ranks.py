@@ -1,0 +1,200 @@
+"""Several ranks over gloo against one process that runs the same micro-batches in turn."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from pliant.engine import step as step_module
+from pliant.engine.backends import wrap
+from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
+from pliant.engine.precision import Precision
+from pliant.engine.ranks import Ranks, join
+from pliant.engine.step import accumulate
+from pliant.errors import UserError
+from pliant.methods.us_net import USNet
+from pliant.networks.mobilenet import MobileNet
+from pliant.randomness import Draw
+from pliant.recipe import Batch, Recipe, Width
+from tests.small_recipes import ALL, Plain
+from tests.test_step import micro_batch, progress_at
+
+MICRO_BATCHES = 4
+US_NET = USNet(network=MobileNet(full=0.25, stem_stride=1, divisor=4), nonuniform=True)
+
+
+def spawn(worker: object, ranks: int, *arguments: object) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_enter, args=(worker, ranks, port, arguments), nprocs=ranks, start_method="spawn")
+
+
+def _enter(rank: int, worker: object, ranks: int, port: int, arguments: tuple[object, ...]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    worker(Ranks(rank, ranks, torch.device("cpu")), *arguments)  # type: ignore[operator]
+    dist.destroy_process_group()
+
+
+def double(batch: Batch) -> Batch:
+    """In float64, where a sum's order is all that differs, batch norm over a few values does not blow it up."""
+    return SimpleNamespace(images=batch.images.double(), labels=batch.labels)
+
+
+def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> list[Tensor]:
+    """Gradients of the last of a few steps, each followed by a plain update."""
+    backend = wrap(net, ranks, "auto")
+    indices = ranks.micro_batches(MICRO_BATCHES)
+    gradients: list[Tensor] = []
+    for step in range(steps):
+        net.zero_grad()
+        accumulate(
+            recipe,
+            net,
+            backend,
+            Precision("fp32", ranks.device),
+            RunningStatistics(net),
+            [double(micro_batch(index)) for index in indices],
+            [Draw(0, 0, step, index) for index in indices],
+            progress_at(step),
+            MICRO_BATCHES,
+        )
+        gradients = [parameter.grad.clone() for parameter in net.parameters()]
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.05 * parameter.grad
+    return gradients
+
+
+def _equals_one_process(ranks: Ranks, anchored: bool) -> None:
+    if not anchored:
+        step_module._anchored = lambda loss, parameters: loss
+    for recipe in (*ALL, US_NET):
+        torch.manual_seed(1)
+        net = recipe.build(3).double()
+        reference = copy.deepcopy(net)
+        got = take_steps(recipe, net, ranks)
+        want = take_steps(recipe, reference, Ranks(0, 1, ranks.device))
+        for (name, _), a, b in zip(net.named_parameters(), got, want, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9, f"{type(recipe).__name__} {name}"
+        rows = ranks.rows(flat(running_buffers(net)))
+        shares = [len(Ranks(rank, ranks.count, ranks.device).share(MICRO_BATCHES)) for rank in range(ranks.count)]
+        torch.testing.assert_close(
+            mean_over_ranks(rows, shares), flat(running_buffers(reference)), atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_and_statistics_are_those_of_one_process(ranks: int) -> None:
+    """Three ranks share four micro-batches unevenly."""
+    spawn(_equals_one_process, ranks, True)
+
+
+def test_without_the_anchor_they_are_not() -> None:
+    """The test above can fail: without the anchor a parameter that some rank's last pass leaves out is lost."""
+    with pytest.raises(mp.ProcessRaisedException):
+        spawn(_equals_one_process, 2, False)
+
+
+def _counts_reductions(ranks: Ranks) -> None:
+    recipe = Plain()
+    torch.manual_seed(0)
+    backend = wrap(recipe.build(3), ranks, "ddp")
+    counted = []
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def] # torch reads annotations, which are strings here
+        counted.append(bucket.is_last())
+        return (
+            dist.all_reduce(bucket.buffer().div_(ranks.count), async_op=True).get_future().then(lambda f: f.value()[0])
+        )
+
+    backend._ddp.register_comm_hook(None, hook)  # type: ignore[attr-defined]
+    for step in range(3):
+        accumulate(
+            recipe,
+            backend._ddp.module.net,  # type: ignore[attr-defined]
+            backend,
+            Precision("fp32", ranks.device),
+            RunningStatistics(nn.Module()),
+            [micro_batch(index) for index in ranks.micro_batches(MICRO_BATCHES)],
+            [Draw(0, 0, step, index) for index in ranks.micro_batches(MICRO_BATCHES)],
+            progress_at(step),
+            MICRO_BATCHES,
+        )
+        assert counted.count(True) == step + 1, "one reduction per step, whatever the number of micro-batches"
+
+
+def test_gradients_are_reduced_once_per_step() -> None:
+    spawn(_counts_reductions, 2)
+
+
+def _calibrates(ranks: Ranks, folder: str) -> None:
+    recipe = US_NET
+    torch.manual_seed(1)
+    net = recipe.build(3)
+    for average in ("pooled", "cumulative", "moving"):
+        batches = [(index, micro_batch(index, images=4 + index).images) for index in range(8)]
+        measured = calibrate(
+            recipe,
+            net,
+            [Width(1.0), Width(0.5)],
+            batches[ranks.rank :: ranks.count],
+            average=average,
+            number=8,
+            precision=Precision("fp32", ranks.device),
+            ranks=ranks,
+        )
+        plain = {
+            f"{point} {name}": torch.stack([layer.mean, layer.var])
+            for point, layers in measured.items()
+            for name, layer in layers.items()
+        }
+        if ranks.first:
+            torch.save(plain, Path(folder) / f"{average}-{ranks.count}.pt")
+
+
+def test_post_statistics_are_the_same_on_1_2_and_4_ranks(tmp_path: Path) -> None:
+    _calibrates(Ranks(0, 1, torch.device("cpu")), str(tmp_path))
+    for ranks in (2, 4):
+        spawn(_calibrates, ranks, str(tmp_path))
+        for average in ("pooled", "cumulative", "moving"):
+            one = torch.load(tmp_path / f"{average}-1.pt")
+            several = torch.load(tmp_path / f"{average}-{ranks}.pt")
+            assert one.keys() == several.keys()
+            for name, value in one.items():
+                torch.testing.assert_close(several[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_share_is_a_partition() -> None:
+    for count in range(1, 6):
+        for number in range(12):
+            parts = [index for rank in range(count) for index in Ranks(rank, count, torch.device("cpu")).share(number)]
+            assert parts == list(range(number))
+
+
+def test_more_ranks_than_micro_batches_are_refused() -> None:
+    with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
+        Ranks(0, 3, torch.device("cpu")).micro_batches(2)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_each_believe_to_be_alone_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"started 2 processes \\({name}\\)"):
+        join(environment={name: "2"})
+
+
+def test_another_number_of_ranks_than_asked_for_is_refused() -> None:
+    with pytest.raises(UserError, match="--ranks 4 was asked for and 1 take part"):
+        join(4, environment={})
+    assert join(1, environment={}).count == 1

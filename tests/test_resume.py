@@ -1,0 +1,154 @@
+"""Stopped anywhere and resumed, a run ends with the weights of the run that was not stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from tests.runs import arguments, command, environment, final_state, finish, losses, only_run, same, tiny_cifar
+
+SETTINGS = {"saving__every-steps": 3, "evaluate-epochs": 1, "optimization__ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cifar(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("whole")
+    done = finish(command(*arguments(data, runs, **SETTINGS)))
+    assert done.returncode == 0, done.stderr
+    return only_run(runs)
+
+
+def start(given: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(given, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Reads lines until one begins with the text."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    raise AssertionError(f"{text!r} never came: {process.stderr.read() if process.stderr else ''}")
+
+
+def equal(run: Path, other: Path) -> bool:
+    """Weights, running statistics, averages and optimizer, bit for bit."""
+    one, two = final_state(run), final_state(other)
+    return all(same(one[name], two[name]) for name in ("net", "rows", "ema", "ema_rows", "optimizer", "precision"))
+
+
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_killed_and_resumed_ends_the_same(data: Path, undisturbed: Path, tmp_path: Path, step: int) -> None:
+    """Before the first checkpoint, in the middle of an epoch, and in a later one."""
+    given = command(*arguments(data, tmp_path, **SETTINGS))
+    process = start(given)
+    wait_for(process, f"step {step}/12")
+    process.kill()
+    process.communicate()
+    done = finish([*given, "--resume", "auto"])
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path for path in tmp_path.glob("*/*") if (path / "checkpoints").is_dir())
+    assert equal(runs[-1], undisturbed)
+    if len(list(tmp_path.glob("*/*"))) == 1:
+        assert losses(runs[0]) == losses(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_stops_after_the_step_with_a_checkpoint(
+    data: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    given = command(*arguments(data, tmp_path, **SETTINGS))
+    process = start(given)
+    wait_for(process, "step 5/12")
+    process.send_signal(number)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, complaints
+    assert "Go on with: python" in said
+    assert "--resume auto" in said
+    assert "Traceback" not in complaints
+    done = finish([*given, "--resume", "auto"])
+    assert done.returncode == 0, done.stderr
+    assert equal(only_run(tmp_path), undisturbed)
+    assert losses(only_run(tmp_path)) == losses(undisturbed)
+
+
+def test_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:
+    """In the middle of a step that never ends by itself."""
+    slow = arguments(data, tmp_path, **{"batch__images": 40000, "batch__micro": 8, "data__tail": "wrap"})
+    process = start(command(*slow))
+    wait_for(process, "run folder")
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, complaints = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Left at once" in complaints
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    given = command(*arguments(data, tmp_path, **SETTINGS))
+    process = start(given)
+    wait_for(process, "step 8/12")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    run = only_run(tmp_path)
+    newest = max((run / "checkpoints").iterdir())
+    state = bytearray((newest / "state.pt").read_bytes())
+    state[len(state) // 2] ^= 1
+    (newest / "state.pt").write_bytes(state)
+    done = finish([*given, "--resume", "auto"])
+    assert done.returncode == 0, done.stderr
+    assert str(newest / "state.pt") in done.stdout
+    assert equal(run, undisturbed)
+
+
+def test_finished_run_is_left_as_it_is(data: Path, undisturbed: Path) -> None:
+    before = final_state(undisturbed)
+    done = finish(command(*arguments(data, undisturbed.parents[1], **SETTINGS), "--resume", str(undisturbed)))
+    assert done.returncode == 0, done.stderr
+    assert same(final_state(undisturbed), before)
+
+
+def test_fixed_setting_that_differs_is_refused_and_listed(data: Path, undisturbed: Path) -> None:
+    changed = SETTINGS | {"batch__micro": 16, "optimization__lr": 0.3}
+    done = finish(command(*arguments(data, undisturbed.parents[1], **changed), "--resume", str(undisturbed)))
+    assert done.returncode == EXIT_USER_ERROR
+    assert "batch.micro was 8 and is 16" in done.stderr
+    assert "optimization.lr was 0.1 and is 0.3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_full_disk_is_one_sentence_and_loses_nothing(data: Path, tmp_path: Path) -> None:
+    """The run folder lies on a small tmpfs that the first checkpoint fits and the others do not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=False).returncode
+    ):
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        done = finish(command(*arguments(data, disk, **SETTINGS)))
+        checkpoints = only_run(disk) / "checkpoints"
+        kept = sorted(path.name for path in checkpoints.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert done.returncode == EXIT_USER_ERROR
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "the run goes on" in done.stdout
+    assert kept
+    assert all(name.startswith("step-") and "." not in name for name in kept)
