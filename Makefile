@@ -68,4 +68,5 @@ $(installed): pyproject.toml constraints.txt
 	@$(pip) $(QUIET) torch torchvision || $(explain)
 	@echo "Installing pliant[$(EXTRAS)] and what it needs"
 	@$(pip) $(QUIET) -e '.[$(EXTRAS)]' || $(explain)
+	@$(bin)/python -m pliant.torchvision_cpu
 	@touch $@

@@ -13,7 +13,10 @@ from pliant.networks.mobilenet import MobileNet
 EXPERIMENT = Experiment(
     name="usnet_cifar10",
     recipe=USNet(
-        network=MobileNet(version="v2", stem_stride=2, early_stride=1, late_stride=1), low=0.35, high=1.0, n=4
+        network=MobileNet(version="v2", full=0.75, stem_stride=2, middle_stride=1, late_stride=1),
+        low=0.35,
+        high=1.0,
+        n=4,
     ),
     data=Data(source="cifar10"),
     batch=Batching(images=128, micro=128),

@@ -42,6 +42,7 @@ def arguments(data: Path, runs: Path, **settings: object) -> list[str]:
         "optimization.warmup-epochs": 0,
         "calibration.images": 64,
         "calibration.batch": 16,
+        "threads": 1,
         "log-steps": 1,
     }
     asked |= {name.replace("__", "."): value for name, value in settings.items()}

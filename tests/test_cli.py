@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pliant import cli
-from tests.tiny_run import refusal, write_cifar10, write_recipe
+from tests.runs import tiny_cifar
+from tests.tiny_run import refusal, write_recipe
 
 COMMANDS = ("train", "spectrum", "calibrate", "export")
 
@@ -96,6 +97,6 @@ def test_file_without_an_experiment_is_refused(text, tmp_path, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_contradiction_is_refused_and_no_run_is_begun(arguments, said, tmp_path, capsys):
-    write_cifar10(tmp_path / "data")
+    tiny_cifar(tmp_path / "data")
     assert said in refusal(capsys, "train", write_recipe(tmp_path), *arguments)
     assert not (tmp_path / "runs").exists()

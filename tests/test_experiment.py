@@ -151,7 +151,17 @@ def test_another_method_is_a_difference_even_with_equal_settings():
 
 
 def test_whatever_changes_the_training_is_fixed_on_resume():
-    free = {"ranks", "runs", "resume", "backend", "evaluate_epochs", "log_steps", "data.threads", "data.prefetch"}
+    free = {
+        "ranks",
+        "runs",
+        "resume",
+        "backend",
+        "evaluate_epochs",
+        "log_steps",
+        "threads",
+        "data.threads",
+        "data.prefetch",
+    }
     free |= {f"calibration.{item.name}" for item in dataclasses.fields(Calibration)}
     free |= {f"saving.{item.name}" for item in dataclasses.fields(Saving)}
     warned = {"data.root", "data.loader", "compile"}

@@ -39,6 +39,14 @@ def test_unlike_widths_are_written_unlike(one, other):
     assert (str(Width(one)) == str(Width(other))) == (one == other)
 
 
+@given(ratio=ratios, several=st.lists(ratios, min_size=2, max_size=30), other=st.lists(ratios, min_size=2, max_size=30))
+def test_file_names_are_short_and_unlike(ratio, several, other):
+    points = [Width(ratio), Widths(tuple(several)), Widths(tuple(other)), Native()]
+    names = [point.file_name for point in points]
+    assert all(len(name) <= 100 and "/" not in name for name in names)
+    assert len(set(names)) == len(set(points))
+
+
 @pytest.mark.parametrize(("point", "text"), [(Width(0.35), "0.35x"), (Width(1.0), "1x"), (Widths((1, 0.5)), "1/0.5x")])
 def test_text_is_short_where_it_can_be(point, text):
     assert str(point) == text
@@ -47,7 +55,7 @@ def test_text_is_short_where_it_can_be(point, text):
 
 @pytest.mark.parametrize("text", ["", "x", "half", "0.5y", "0.5xx", "0.5/", "/", "0.5,0.6", "native/0.5", "0.5 0.6"])
 def test_text_that_is_no_point_is_refused_with_an_example(text):
-    with pytest.raises(UserError, match="is not a point: write a width such as 0.35"):
+    with pytest.raises(UserError, match=r"is not a point: write a width such as 0\.35"):
         parse_point(text)
 
 

@@ -107,11 +107,12 @@ class Miscounts(Plain):
 
 
 @pytest.mark.parametrize(
-    ("declared", "said"), [(3, "declares 3 passes and yields 2"), (1, "declares 1 passes and yields more")]
+    ("declared", "said"),
+    [(3, "declares 3, and Miscounts.iteration.. yields 2"), (1, "declares 1, and Miscounts.iteration.. yields more")],
 )
 def test_another_number_of_passes_than_declared_names_the_recipe(declared: int, said: str) -> None:
     recipe = Miscounts(declared=declared)
-    with pytest.raises(UserError, match=f"Miscounts {said}"):
+    with pytest.raises(UserError, match=f"Miscounts.passes.. {said}"):
         run_step(recipe, recipe.build(3), 0, 1)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pliant import cli
+from tests.runs import tiny_cifar
 
 TEST_IMAGES = 40
 MICRO = 16
@@ -21,7 +21,7 @@ EXPERIMENT = Experiment(
     name="tiny",
     recipe=USNet(network=MobileNet(full=0.25, divisor=4), low=0.5, n=3, grid=0.25),
     data=Data(source="cifar10", root=Path({root!r})),
-    batch=Batching(images=32, micro=16),
+    batch=Batching(images=32, micro={micro}),
     optimization=Optimization(lr=0.1, steps=2),
     calibration=Calibration(images=64, batch=32),
     runs=Path({runs!r}),
@@ -29,28 +29,16 @@ EXPERIMENT = Experiment(
 """
 
 
-def write_cifar10(root: Path, images: int = TEST_IMAGES) -> Path:
-    """Noise in CIFAR-10's plain layout, so many images per file."""
-    folder = root / "cifar-10-batches-bin"
-    folder.mkdir(parents=True)
-    for number, name in enumerate((*(f"data_batch_{part}" for part in range(1, 6)), "test_batch")):
-        generator = np.random.default_rng(number)
-        labels = generator.integers(0, 10, (images, 1), np.uint8)
-        pixels = generator.integers(0, 256, (images, 3072), np.uint8)
-        np.concatenate([labels, pixels], axis=1).tofile(folder / f"{name}.bin")
-    return root
-
-
 def write_recipe(folder: Path) -> Path:
     """A recipe file whose data lies in `folder`/data and whose runs will lie in `folder`/runs."""
     path = folder / "tiny.py"
-    path.write_text(RECIPE.format(root=str(folder / "data"), runs=str(folder / "runs")))
+    path.write_text(RECIPE.format(root=str(folder / "data"), runs=str(folder / "runs"), micro=MICRO))
     return path
 
 
 def train_tiny(folder: Path) -> Path:
     """The folder of a run of two steps."""
-    write_cifar10(folder / "data")
+    tiny_cifar(folder / "data", TEST_IMAGES)
     cli.main(["train", str(write_recipe(folder))])
     (run,) = (folder / "runs" / "tiny").iterdir()
     return run

@@ -5,8 +5,13 @@ A user's mistake is one sentence on stderr and exit status 2.
 
 from __future__ import annotations
 
-import dataclasses
 import os
+
+# Before torch starts its threads: waiting ones that spin slow a shared machine down several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,7 +169,7 @@ def _calibrate(ask: Ask) -> None:
         points = trained.checked(parse_points(ask.at))
         trained.at(points, ask.calibration(trained.experiment.calibration))
         if trained.ranks.first:
-            print(f"{len(points)} points calibrated, in {trained.folder.path / 'calibration'}")
+            print(f"Calibrated {', '.join(map(str, points))}, in {trained.folder.path / 'calibration'}")
 
 
 def _export(ask: AskExport) -> None:
@@ -177,7 +182,7 @@ def _export(ask: AskExport) -> None:
     with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
         (point,) = trained.checked(points)
         net = trained.at([point], ask.calibration(trained.experiment.calibration))[point]
-        folder = ask.to or ask.run / "export" / str(point).replace("/", "_")
+        folder = ask.to or ask.run / "export" / point.file_name
         for path in export(trained, net, point, folder, ask.formats):
             print(path)
 
@@ -223,12 +228,14 @@ def _guard(action: Callable[[], None]) -> None:
 
 def _again(arguments: Sequence[str]) -> str:
     """The command that goes on with this one."""
-    kept = list(arguments)
+    kept = [text for text in arguments if not text.startswith("--resume=")]
     if "--resume" in kept:
         place = kept.index("--resume")
         del kept[place : place + 2]
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = os.environ.get("WORLD_SIZE", "1")
     program = ["pliant"] if Path(kept[0]).name == "pliant" else ["python", kept[0]]
-    if ranks > 1:
-        program = ["torchrun", "--nproc_per_node", str(ranks), kept[0]]
-    return " ".join([*program, *kept[1:], "--resume", "auto"])
+    if ranks != "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        program = ["accelerate", "launch", "--multi_gpu", "--num_processes", ranks, kept[0]]
+    elif ranks != "1":
+        program = ["torchrun", "--nproc_per_node", ranks, kept[0]]
+    return shlex.join([*program, *kept[1:], "--resume", "auto"])

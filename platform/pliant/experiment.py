@@ -14,7 +14,7 @@ from typing import Literal
 from pliant.errors import UserError
 from pliant.recipe import Recipe
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +190,14 @@ class Experiment:
     calibration: Calibration = Calibration()
     saving: Saving = Saving()
     precision: Precision = "fp32"
-    """Type that the forward computes in, by autocast over fp32 weights."""
+    """Type that the forward computes in: bf16 and fp16 by autocast over fp32 weights; fp64 with weights of its own, for
+    comparing runs, as it does not show in which order a sum was taken."""
     compile: bool = False
     """Compile the network with torch.compile; only for recipes with a fixed set of widths."""
     backend: Literal["auto", "single", "ddp"] = "auto"
     """How gradients are reduced; auto is ddp on several ranks."""
+    threads: int | None = None
+    """Threads that each rank computes with on CPUs; default: the machine's cores, shared out among its ranks."""
     ranks: int | None = None
     """Refuse any other number of ranks; default: as many as were launched."""
     seed: int = 0
@@ -210,6 +213,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"A seed lies in [0, 2**63), not {self.seed}: write for instance --seed 0.")
+        if self.threads is not None and self.threads < 1:
+            raise UserError("A rank computes with at least one thread: write --threads 1 or more.")
         if self.log_steps < 1:
             raise UserError("Log lines are at least one step apart: write --log-steps 1 or more.")
         stages = self.recipe.stages()
@@ -227,6 +232,7 @@ RESUME_RULES: dict[str, Literal["free", "warned"]] = {
     "calibration": "free",
     "saving": "free",
     "compile": "warned",
+    "threads": "free",
     "backend": "free",
     "ranks": "free",
     "runs": "free",

@@ -54,6 +54,7 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         written.append(path)
     if "onnx" in formats:
         path = folder / "model.onnx"
+        assert program is not None
         torch.onnx.export(
             program,
             (images,),

@@ -9,6 +9,7 @@ Shapes: B images of a micro-batch, K classes.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Pass:
     """One forward of an iteration; the engine runs its backward."""
 
     name: str
-    """The tag of its scalars, for instance "1.00x"."""
+    """The tag of its scalars, for instance "0.35x"."""
     loss: Tensor
     """A scalar with a graph, the mean over the micro-batch. Losses of one iteration's passes add up."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -86,6 +87,14 @@ class Point(ABC):
 
     @abstractmethod
     def __str__(self) -> str: ...
+
+    @property
+    def file_name(self) -> str:
+        """The text as part of a file's name: without slashes, and short however many widths it lists."""
+        name = str(self).replace("/", "_")
+        if len(name) <= 100:
+            return name
+        return f"{name[:60]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Batch:
     """Images ready for a network."""
 
     images: Tensor
-    """float32, normalised, (B, 3, H, W), channels last in memory, on the device."""
+    """float32 (float64 for a feed of that type), normalised, (B, 3, H, W), channels last, on the device."""
     labels: Tensor
     """int64, (B,), on the device."""
     positions: Tensor
@@ -51,7 +51,14 @@ class Feed:
     """Serves the batches of a dataset on one device; on a GPU, in its default stream."""
 
     def __init__(
-        self, dataset: Dataset, data: Data, batching: Batching, *, seed: int, device: torch.device | str
+        self,
+        dataset: Dataset,
+        data: Data,
+        batching: Batching,
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Serve `dataset` as `data` and `batching` say.
 
@@ -64,6 +71,7 @@ class Feed:
         self.batching = batching
         self.seed = seed
         self.device = torch.device(device)
+        self._dtype = dtype
         images = len(dataset.train)
         if images < batching.images and data.tail == "drop":
             raise UserError(
@@ -230,7 +238,7 @@ class Feed:
     def _batch(self, split: Split, request: Request, images: Tensor) -> Batch:
         labels = torch.from_numpy(split.labels[request.positions].astype(np.int64))
         return Batch(
-            images=self._finish(images, request.plan),
+            images=self._finish(images, request.plan).to(self._dtype),
             labels=labels.to(self.device, non_blocking=True),
             positions=torch.from_numpy(request.positions).to(self.device, non_blocking=True),
         )

@@ -96,8 +96,10 @@ def unflatten_(tensors: Sequence[Tensor], row: Tensor) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def mean_over_ranks(rows: Tensor, shares: Sequence[int]) -> Tensor:
-    """The mean of the ranks' running statistics, (ranks, n) to (n,), each weighted by its micro-batches per step."""
+def mean_over_ranks(rows: Tensor, micro_batches: int) -> Tensor:
+    """The mean of the ranks' running statistics, (ranks, n) to (n,), each weighted by its share of a step's
+    micro-batches."""
+    shares = [len(Ranks(rank, len(rows), rows.device).share(micro_batches)) for rank in range(len(rows))]
     weights = torch.tensor(shares, dtype=torch.float64, device=rows.device)
     return ((weights / weights.sum()) @ rows.double()).to(rows.dtype)
 
@@ -109,11 +111,14 @@ def twin(net: nn.Module) -> nn.Module:
 
 
 def impose(net: nn.Module, statistics: Mapping[str, LayerStatistics]) -> nn.Module:
-    """A twin whose batch norms normalise with these statistics."""
+    """A twin whose batch norms normalise with these statistics; one without any did not run, and stays as it is."""
     one = twin(net)
-    for name, layer in norm_layers(one).items():
-        layer.running_mean, layer.running_var = statistics[name].mean, statistics[name].var
-        layer.track_running_stats = True
+    layers = norm_layers(one)
+    like = next(net.parameters())
+    for name, measured in statistics.items():
+        layers[name].running_mean = measured.mean.to(like)
+        layers[name].running_var = measured.var.to(like)
+        layers[name].track_running_stats = True
     return one
 
 
@@ -161,8 +166,9 @@ def _fresh_buffers(layer: _BatchNorm, args: tuple[Any, ...]) -> None:
     """Room for as many channels as this point's input has."""
     x: Tensor = args[0]
     if layer.running_mean is None:
-        layer.running_mean = torch.zeros(x.shape[1], device=x.device)
-        layer.running_var = torch.ones(x.shape[1], device=x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        layer.running_mean = torch.zeros(x.shape[1], device=x.device, dtype=dtype)
+        layer.running_var = torch.ones(x.shape[1], device=x.device, dtype=dtype)
 
 
 @torch.no_grad()
@@ -204,7 +210,7 @@ def _weight(average: Average, index: int, number: int) -> float:
 
 def _merge(one: _Sums, ranks: Ranks) -> dict[str, LayerStatistics]:
     """Collective. Ranks may have run unlike numbers of batches, but each at least one."""
-    if ranks.count > 1:
+    if ranks.count > 1 and one.sums:
         row = ranks.sum_(torch.cat(list(one.sums.values())))
         parts = row.split([part.numel() for part in one.sums.values()])
         one.sums = dict(zip(one.sums, parts, strict=True))

@@ -18,14 +18,14 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """The type that forwards compute in, and the scale of the loss where that type needs one."""
 
-    def __init__(self, name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
+    def __init__(self, name: Literal["fp32", "bf16", "fp16", "fp64"], device: torch.device) -> None:
         self.name = name
         self._device = device
         self._scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward and its loss."""
-        if self.name == "fp32":
+        if self.name in ("fp32", "fp64"):
             return nullcontext()
         return torch.autocast(self._device.type, dtype=_TYPES[self.name])
 

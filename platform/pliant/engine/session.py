@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def train(experiment: Experiment, recipe_file: Path | None = None) -> RunFolder:
 
 
 def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> RunFolder:
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(experiment.threads or threads_per_rank())
     if ranks.first:
         print(
             f"{_count(ranks.count, 'rank')} on {ranks.device.type}, {torch.get_num_threads()} threads each", flush=True
@@ -77,17 +80,32 @@ def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> Ru
     return run
 
 
+def threads_per_rank() -> int:
+    """The cores that this process may use, shared out among the ranks of this machine.
+
+    Launchers set OMP_NUM_THREADS to 1, as suits machines with GPUs; on CPUs that leaves cores idle.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def make_feed(experiment: Experiment, ranks: Ranks) -> Feed:
     """The images of an experiment, on this rank's device."""
     dataset = open_dataset(experiment.data, experiment.seed)
-    return Feed(dataset, experiment.data, experiment.batch, seed=experiment.seed, device=ranks.device)
+    return Feed(
+        dataset, experiment.data, experiment.batch, seed=experiment.seed, device=ranks.device, dtype=_dtype(experiment)
+    )
 
 
 def build_net(experiment: Experiment, classes: int, device: torch.device) -> nn.Module:
     """The network of an experiment before its first step, the same on every rank."""
     torch.manual_seed(int(philox(experiment.seed, "weights").integers(2**63)))
-    net = experiment.recipe.build(classes).to(device)
+    net = experiment.recipe.build(classes).to(device=device, dtype=_dtype(experiment))
     return net.to(memory_format=torch.channels_last)  # type: ignore[no-any-return,call-overload]
+
+
+def _dtype(experiment: Experiment) -> torch.dtype:
+    return torch.float64 if experiment.precision == "fp64" else torch.float32
 
 
 def _choose(

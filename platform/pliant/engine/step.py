@@ -118,4 +118,4 @@ def _checked(recipe: Recipe, one: Pass | None, number: int, declared: int) -> Pa
 
 def _miscount(recipe: Recipe, declared: int, yielded: str) -> str:
     name = type(recipe).__name__
-    return f"{name} declares {declared} passes and yields {yielded}: mend its passes() or its iteration()."
+    return f"{name}.passes() declares {declared}, and {name}.iteration() yields {yielded}: mend one of them."

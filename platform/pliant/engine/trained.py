@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from pliant import record
 from pliant.data import Feed
 from pliant.engine import checkpoint
-from pliant.engine.batchnorm import LayerStatistics, calibrate, impose, twin
+from pliant.engine.batchnorm import (
+    LayerStatistics,
+    calibrate,
+    impose,
+    mean_over_ranks,
+    running_buffers,
+    twin,
+    unflatten_,
+)
 from pliant.engine.evaluation import evaluate
 from pliant.engine.folder import RunFolder
 from pliant.engine.precision import Precision
@@ -65,7 +73,7 @@ class Trained:
         missing = [point for point, statistics in kept.items() if statistics is None]
         if missing:
             kept |= self._calibrate(missing, calibration)
-        return {point: impose(self.net, _on(statistics or {}, self.ranks)) for point, statistics in kept.items()}
+        return {point: impose(self.net, statistics or {}) for point, statistics in kept.items()}
 
     def _calibrate(
         self, points: Sequence[Point], calibration: Calibration
@@ -96,7 +104,7 @@ class Trained:
 
     def _path(self, point: Point, calibration: Calibration) -> Path:
         augment = "-augmented" if calibration.augment else ""
-        name = f"{str(point).replace('/', '_')}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}"
+        name = f"{point.file_name}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}"
         return self.folder.path / "calibration" / f"step-{self.step:08d}" / f"{name}.safetensors"
 
     def _kept(self, point: Point, calibration: Calibration) -> dict[str, LayerStatistics] | None:
@@ -126,13 +134,6 @@ class Trained:
             return evaluate(self.recipe, nets, batches, precision=precision, ranks=self.ranks)
 
 
-def _on(statistics: Mapping[str, LayerStatistics], ranks: Ranks) -> dict[str, LayerStatistics]:
-    return {
-        name: LayerStatistics(layer.mean.to(ranks.device), layer.var.to(ranks.device))
-        for name, layer in statistics.items()
-    }
-
-
 def open_run(
     path: Path, ranks: Ranks, *, which: Literal["newest", "best"] = "newest", root: Path | None = None
 ) -> Trained:
@@ -152,8 +153,10 @@ def open_run(
     feed = make_feed(experiment, ranks)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     state = found.load()
-    weights: dict[str, Any] = state["ema"] if state["ema"] is not None else state["net"]
-    load_weights(net, weights, found.path)
+    averaged = state["ema"] is not None
+    load_weights(net, state["ema" if averaged else "net"], found.path)
+    rows = state["ema_rows" if averaged else "rows"]
+    unflatten_(running_buffers(net), mean_over_ranks(rows, experiment.batch.micro_batches))
     return Trained(experiment, RunFolder(path), found.step, net.eval(), feed, ranks)
 
 

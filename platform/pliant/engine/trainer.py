@@ -160,6 +160,7 @@ class Trainer:
                 stopping = True
         step, every = self.state.step, self.experiment.saving.every_steps
         due = step % every == 0 if every else self.schedule.due(step, 1.0)
+        due = due or (self.state.evaluated == step and self.state.score is not None)  # it may be the best
         last = step == self.schedule.total
         if due or last or stopping:
             self._save(stage, must=last or stopping)
@@ -208,7 +209,7 @@ class Trainer:
         return one
 
     def _mean(self, rows: Tensor) -> Tensor:
-        return mean_over_ranks(rows, _shares(self.experiment, len(rows)))
+        return mean_over_ranks(rows, self.experiment.batch.micro_batches)
 
     def _save(self, stage: int, *, must: bool) -> None:
         """Collective. Writes a checkpoint on rank 0; `must`: a failure ends the run."""
@@ -259,9 +260,3 @@ class Trainer:
         """The same number of ranks goes on with its own running statistics, another with their mean."""
         own = rows[self.ranks.rank] if len(rows) == self.ranks.count else self._mean(rows)
         unflatten_(running_buffers(net), own.to(self.ranks.device))
-
-
-def _shares(experiment: Experiment, count: int) -> list[int]:
-    """Micro-batches per step of each of `count` ranks."""
-    number = experiment.batch.micro_batches
-    return [len(Ranks(rank, count, torch.device("cpu")).share(number)) for rank in range(count)]

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 
 def soft_labels(logits: Tensor) -> Tensor:
-    """Probabilities (B, K) in fp32 or better, cut off from the graph: a student never teaches its teacher (US-Nets 4.2)."""
+    """Probabilities (B, K), fp32 or better, cut off from the graph: no student moves its teacher (US-Nets 4.2)."""
     return _precise(logits.detach()).softmax(dim=1)
 
 

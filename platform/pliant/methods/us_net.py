@@ -85,7 +85,7 @@ class USNet(WidthRecipe):
             else:
                 hard = self.hard * (1.0 - progress.stage_share) if self.hard_decay else self.hard
                 loss = mixed_cross_entropy(logits, batch.labels, soft, hard=hard, smoothing=self.label_smoothing)
-            yield Pass(f"{width:.2f}x" if width in (self.low, self.high) else "random", loss)
+            yield Pass(str(Width(width)) if width in (self.low, self.high) else "random", loss)
 
     def widths(self, net: SlimmableNet, draw: Draw) -> list[WidthLike]:
         """The widths of one iteration, largest first where the rule has it."""

@@ -42,8 +42,10 @@ class MobileNet:
     """2 for 224 px; 1 is the form for CIFAR's 32 px."""
     early_stride: int = 2
     """Stride of the first group of blocks that has one: 2 for 224 px, 1 for small images."""
+    middle_stride: int = 2
+    """Stride of the second one: 2 for 224 px, 1 for small images."""
     late_stride: int = 2
-    """Stride of the last group of blocks that has one: 2 for 224 px, 1 for small images."""
+    """Stride of the last one: 2 for 224 px, 1 for small images."""
     divisor: int = 8
     """Channel counts are multiples of it (US-Nets section 5.2)."""
     dropout: float = 0.0
@@ -242,7 +244,7 @@ class MobileNetV2(SlimmableNet):
     @staticmethod
     def _strides(spec: MobileNet) -> tuple[int, ...]:
         strides = [stride for *_, stride in V2_STAGES]
-        strides[1], strides[5] = spec.early_stride, spec.late_stride
+        strides[1], strides[2], strides[5] = spec.early_stride, spec.middle_stride, spec.late_stride
         return tuple(strides)
 
     def channels(self, width: WidthLike) -> tuple[int, ...]:
@@ -344,7 +346,8 @@ class MobileNetV1(SlimmableNet):
         self._initialise()
 
     def _stride(self, number: int) -> int:
-        return {1: self.spec.early_stride, 11: self.spec.late_stride}.get(number, V1_BLOCKS[number][1])
+        chosen = {1: self.spec.early_stride, 3: self.spec.middle_stride, 11: self.spec.late_stride}
+        return chosen.get(number, V1_BLOCKS[number][1])
 
     def channels(self, width: WidthLike) -> tuple[int, ...]:
         published = (32, *(channels for channels, _ in V1_BLOCKS))

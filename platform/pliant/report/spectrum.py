@@ -36,7 +36,7 @@ def table(spectrum: dict[str, Any]) -> Table:
     """One row per point, for a terminal."""
     rows = Table(title=title(spectrum), title_justify="left")
     for name in ("point", "top-1 %", "top-5 %", "loss", "MACs (M)", "parameters (M)"):
-        rows.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right")  # in a narrow terminal the headings wrap, never the figures
     for line in spectrum["lines"]:
         rows.add_row(
             line["point"],
@@ -46,6 +46,10 @@ def table(spectrum: dict[str, Any]) -> Table:
             _millions(line["macs"]),
             _millions(line["parameters"], digits=3),
         )
+    if len(spectrum["lines"]) > 1:
+        rows.add_section()
+        mean = sum(line["top1"] for line in spectrum["lines"]) / len(spectrum["lines"])
+        rows.add_row("mean", f"{100 * mean:.2f}", "", "", "", "")
     return rows
 
 

@@ -1,0 +1,164 @@
+"""`pliant spectrum` on a run, from training to the picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from pliant import cli, record
+from pliant.errors import UserError
+from pliant.report import spectrum as report
+from tests.tiny_run import MICRO, TEST_IMAGES, refusal, train_tiny, write_recipe
+
+POINTS = ("0.5x", "0.75x", "1x")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps whose spectrum has been measured."""
+    folder = train_tiny(tmp_path_factory.mktemp("tiny"))
+    cli.main(["spectrum", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def measured(run: Path) -> dict[str, object]:
+    return report.read(run)
+
+
+def test_there_is_a_line_for_each_point_of_the_recipe(measured):
+    assert [line["point"] for line in measured["lines"]] == list(POINTS)
+    assert (measured["name"], measured["method"], measured["step"]) == ("tiny", "USNet", 2)
+    assert (measured["split"], measured["generated"]) == ("val", False)
+    assert measured["calibration"] == dict(images=64, average="pooled", augment=False, batch=32)
+
+
+def test_every_image_counts_once(measured):
+    assert TEST_IMAGES % MICRO, "the last batch is a short one"
+    for line in measured["lines"]:
+        assert line["images"] == TEST_IMAGES
+        for name in ("top1", "top5"):
+            assert line[name] * TEST_IMAGES == pytest.approx(round(line[name] * TEST_IMAGES))
+        assert 0 <= line["top1"] <= line["top5"] <= 1
+
+
+def test_cost_is_that_of_an_ordinary_network_of_this_shape(run, measured):
+    recipe = record.load(run).recipe
+    net = recipe.build(10)
+    for line in measured["lines"]:
+        ordinary = net.skeleton(float(line["point"].removesuffix("x"))).eval()
+        with FlopCounterMode(display=False) as counter:
+            ordinary(torch.zeros(1, 3, 32, 32))
+        assert line["macs"] == counter.get_total_flops() / 2
+        assert line["parameters"] == sum(parameter.numel() for parameter in ordinary.parameters())
+    assert [line["macs"] for line in measured["lines"]] == sorted({line["macs"] for line in measured["lines"]})
+
+
+def test_range_is_measured_with_both_ends(run, tmp_path, capsys):
+    copied = shutil.copytree(run, tmp_path / "run")
+    cli.main(["spectrum", str(copied), "--at", "0.5:0.1:0.7", "1"])
+    assert [line["point"] for line in report.read(copied)["lines"]] == ["0.5x", "0.6x", "0.7x", "1x"]
+    assert f"picture: {copied / 'spectrum.png'}" in capsys.readouterr().out
+
+
+def test_statistics_are_kept_and_used_again(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    kept = sorted((copied / "calibration").rglob("*.safetensors"))
+    assert [path.name.split("-")[0] for path in kept] == list(POINTS)
+    times = [path.stat().st_mtime_ns for path in kept]
+    cli.main(["calibrate", str(copied), "--at", "0.5", "0.75", "0.8", "1"])
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    cli.main(["calibrate", str(copied), "--at", "0.5", "--average", "moving"])
+    assert len(sorted((copied / "calibration").rglob("*.safetensors"))) == len(kept) + 2
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_table_shows_every_figure_whole_whatever_the_terminal(measured, columns):
+    console = Console(width=columns, file=io.StringIO())
+    console.print(report.table(measured))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    for line in measured["lines"]:
+        figures = (line["point"], f"{100 * line['top1']:.2f}", f"{line['loss']:.3f}", f"{line['macs'] / 1e6:.2f}")
+        assert any(all(f" {figure} " in row for figure in figures) for row in lines)
+
+
+def test_title_says_what_was_measured_on_what(measured):
+    assert report.title(measured) == "tiny: one USNet after 2 steps, 40 val images"
+    generated = {**measured, "generated": True, "split": "held_out"}
+    assert report.title(generated) == "tiny: one USNet after 2 steps, 40 held-out generated images"
+
+
+def test_picture_opens(run):
+    with Image.open(run / "spectrum.png") as picture:
+        picture.load()
+        assert min(picture.size) > 400
+        assert len(picture.convert("RGB").getcolors(2**20)) > 3, "it is not blank"
+    assert sorted(path.name for path in run.glob("spectrum*")) == ["spectrum.json", "spectrum.png"]
+
+
+def test_tensorboard_has_the_spectrum(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    boards = EventAccumulator(str(run / "tensorboard")).Reload()
+    for line in json.loads((run / "spectrum.json").read_text())["lines"]:
+        (event,) = boards.Scalars(f"spectrum/top1/{line['point']}")
+        assert event.step == 2
+        assert event.value == pytest.approx(line["top1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--at", "0.4"], "Width 0.4 lies outside the trained range: write a width from 0.5 to 1."),
+        (["--at", "0.3:0.1:0.6"], "Width 0.3 lies outside the trained range"),
+        (["--at", "native"], "native is not a width"),
+        (["--at", "half"], "'half' is not a point"),
+        (["--at", "1:0.1:0.5"], "is no range of widths"),
+        (["--at", "0.5/1"], "24 groups of layers, not 2"),
+        (["--at", "2"], "A width lies above 0 and is at most 1, not 2"),
+        (["--images", "-5"], "cannot be calibrated on -5 images"),
+        (["--split", "held_out"], "No training images are held out: write for instance --data.held-out 1000."),
+        (["--checkpoint", "best"], "no checkpoint with a score on a held-out split"),
+        (["--root", "/nowhere"], "CIFAR-10 is not in /nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_refused_and_the_spectrum_stays(options, said, run, capsys):
+    before = (run / "spectrum.json").read_bytes()
+    assert said in refusal(capsys, "spectrum", run, *options)
+    assert (run / "spectrum.json").read_bytes() == before
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "gone"):
+        assert f"{folder} is no run: it has no experiment.json" in refusal(capsys, "spectrum", folder)
+
+
+def test_run_without_a_checkpoint_is_refused(tmp_path, capsys):
+    experiment = record.load_recipe_file(write_recipe(tmp_path)).EXPERIMENT
+    (tmp_path / "experiment.json").write_text(record.dump(experiment))
+    assert "holds no checkpoint that is whole: train first" in refusal(capsys, "spectrum", tmp_path)
+
+
+def test_run_of_another_network_than_its_checkpoint_s_is_refused(run, tmp_path, capsys):
+    copied = shutil.copytree(run, tmp_path / "run")
+    plain = json.loads((copied / "experiment.json").read_text())
+    plain["recipe"]["network"]["full"] = 0.5
+    (copied / "experiment.json").write_text(json.dumps(plain))
+    assert "holds another network: features.0.0.weight is (8, 3, 3, 3) there and (16" in refusal(
+        capsys, "spectrum", copied
+    )
+
+
+def test_run_whose_spectrum_was_never_measured_has_none_to_show(tmp_path):
+    with pytest.raises(UserError, match=f"has no spectrum yet: write pliant spectrum {tmp_path}"):
+        report.read(tmp_path)
