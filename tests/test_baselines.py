@@ -57,6 +57,10 @@ def test_scales_are_shared_or_private_as_asked():
         assert layer.weight is None
         assert [weight.numel() for weight in layer.weights] == list(layer.channels_of_sets)
         assert len(layer.weights) == len(layer.biases) == len(WIDTHS)
+    for index, width in enumerate(WIDTHS):
+        ordinary = private.skeleton(width)
+        for name, layer in norms(private).items():
+            assert layer.channels_of_sets[index] == ordinary.get_submodule(name).num_features
     private.zero_grad()
     private(batch().images, 0.5).sum().backward()
     for layer in norms(private).values():

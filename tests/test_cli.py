@@ -84,7 +84,10 @@ def test_file_without_an_experiment_is_refused(text, tmp_path, capsys):
         (["--seed", "-1"], "A seed lies in"),
         (["--recipe.low", "0.9", "--recipe.high", "0.5"], "0 < low <= high <= 1: got 0.9 and 0.5"),
         (["--recipe.rule", "random"], "write --recipe.no-distill"),
-        (["--recipe.network.divisor", "16"], "write a divisor of at most 8 (--recipe.network.divisor)."),
+        (
+            ["--recipe.network.divisor", "16"],
+            "--recipe.network: A width divisor of 16 leaves no channel in a layer of 8",
+        ),
         (["--recipe.network.divisor", "0"], "A width divisor is at least 1, not 0"),
         (["--optimization.warmup-epochs", "1"], "fills all 2 steps of stage train"),
         (["--batch.images", "208"], "takes 208 images but there are only 200"),

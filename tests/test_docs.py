@@ -11,7 +11,7 @@ import torch
 from pliant import cli
 from pliant.recipe import Native
 from pliant.record import load_recipe_file
-from tests.tiny_run import write_cifar10
+from tests.runs import tiny_cifar
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECIPE = DOCS / "example_recipe.py"
@@ -23,7 +23,7 @@ def test_page_shows_the_file() -> None:
 
 
 def test_recipe_of_the_page_trains_and_has_a_spectrum(tmp_path: Path) -> None:
-    root = write_cifar10(tmp_path / "cifar10", images=8)
+    root = tiny_cifar(tmp_path / "cifar10", images=8)
     small = ["--batch.images", "8", "--batch.micro", "4", "--optimization.warmup-epochs", "0"]
     where = ["--data.root", str(root), "--runs", str(tmp_path / "runs")]
     cli.main(["train", str(RECIPE), *where, *small, "--optimization.steps", "3", "--log-steps", "1"])

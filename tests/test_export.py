@@ -37,7 +37,7 @@ import torchvision
 
 POINT = Width(0.75)
 # What torch says of its own parts while it exports; nothing that a user could mend.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:copyreg", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")
 
 
 def images(number: int) -> Tensor:

@@ -157,8 +157,10 @@ def algorithm_1(recipe: USNet, net: SlimmableNet, draw: Draw, hard: float) -> li
     return losses
 
 
-@pytest.mark.parametrize("nonuniform", [False, True])
-@pytest.mark.parametrize(("version", "hard"), [("v1", 0.0), ("v2", 0.0), ("v2", 0.3), ("v2", 1.0)])
+@pytest.mark.parametrize(
+    ("version", "hard", "nonuniform"),
+    [("v1", 0.0, False), ("v1", 0.0, True), ("v2", 0.0, False), ("v2", 0.3, True), ("v2", 1.0, False)],
+)
 def test_iteration_is_algorithm_1(version, hard, nonuniform):
     network = MobileNet(version=version, full=0.25, divisor=4)
     recipe = USNet(network=network, hard=hard, nonuniform=nonuniform)
@@ -187,7 +189,7 @@ def test_students_do_not_teach_their_teacher():
         assert seen < weight.shape[1]
 
 
-@pytest.mark.parametrize(("share", "hard"), [(0.0, 0.8), (0.25, 0.6), (0.75, 0.2)])
+@pytest.mark.parametrize(("share", "hard"), [(0.0, 0.8), (0.75, 0.2)])
 def test_share_of_labels_stays_or_falls_linearly_to_0(share, hard):
     for decays in (False, True):
         recipe = USNet(network=TINY, hard=0.8, hard_decay=decays, n=3)
@@ -219,9 +221,17 @@ def test_without_distillation_every_width_learns_from_labels():
         (dict(hard=1.1), "not 1.1"),
         (dict(hard=-0.1), "not -0.1"),
         (dict(grid=0.0), "a --recipe.grid above 0"),
-        (dict(network=MobileNet(divisor=32)), "at most 16 (--recipe.network.divisor)."),
-        (dict(network=MobileNet(version="v1", divisor=64)), "at most 32 (--recipe.network.divisor)."),
+        (
+            dict(network=MobileNet(divisor=32)),
+            "--recipe.network: A width divisor of 32 leaves no channel in a layer of 16",
+        ),
+        (dict(network=MobileNet(version="v1", divisor=64)), "write a divisor of at most 32."),
         (dict(network=MobileNet(divisor=0)), "at least 1, not 0"),
+        (dict(network=MobileNet(full=1.4)), "full lies above 0 and is at most 1, not 1.4"),
+        (dict(network=MobileNet(full=0.0)), "full lies above 0 and is at most 1, not 0"),
+        (dict(network=MobileNet(dropout=1.5)), "dropout lies in [0, 1), not 1.5"),
+        (dict(network=MobileNet(late_stride=0)), "Strides are 1 or 2, not 0"),
+        (dict(label_smoothing=1.0), "--recipe.label-smoothing so, not 1"),
     ],
     ids=str,
 )

@@ -97,14 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0 if asked else EXIT_USER_ERROR)
 
 
-def run(experiment: Experiment, recipe_file: str, then: Callable[[Path], None] | None = None) -> None:
+def run(experiment: Experiment, recipe_file: str, *, show: bool = False) -> None:
     """The end of a recipe file: reads the command line over the file's experiment, and trains.
 
     Args:
         recipe_file: the file itself, kept in the run's folder.
-        then: called with the run's folder afterwards, on the first rank.
+        show: measure the spectrum afterwards.
     """
-    _guard(lambda: _train(experiment, Path(recipe_file), None, then))
+    _guard(lambda: _train(experiment, Path(recipe_file), None, show=show))
 
 
 def _train_command(arguments: Sequence[str]) -> None:
@@ -120,21 +120,18 @@ def _train_command(arguments: Sequence[str]) -> None:
         raise UserError(
             f"{path} is no recipe file: it must hold EXPERIMENT = Experiment(...), as those in recipes/ do."
         )
-    _train(experiment, path, arguments[1:], None)
+    _train(experiment, path, arguments[1:], show=False)
 
 
-def _train(
-    experiment: Experiment, recipe_file: Path, arguments: Sequence[str] | None, then: Callable[[Path], None] | None
-) -> None:
+def _train(experiment: Experiment, recipe_file: Path, arguments: Sequence[str] | None, *, show: bool) -> None:
     asked = tyro.cli(Experiment, default=experiment, args=arguments, description=f"Train {experiment.name}.")
     from pliant.engine.session import train  # torch and all: only once the command line is known to be right
 
     run = train(asked, recipe_file).path
-    if os.environ.get("RANK", "0") == "0":
-        if then is None:
-            print(f"Done. Its spectrum: pliant spectrum {run}")
-        else:
-            then(run)
+    if show:
+        spectrum(AskSpectrum(run=run))
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"Done. Its spectrum: pliant spectrum {run}")
 
 
 def spectrum(ask: AskSpectrum) -> None:

@@ -133,6 +133,16 @@ class Optimization:
             raise UserError(f"A run of {self.steps} steps trains nothing: write --optimization.steps 1 or more.")
         if self.epochs <= 0:
             raise UserError(f"A run of {self.epochs:g} epochs trains nothing: write a number above 0.")
+        if self.lr <= 0:
+            raise UserError(f"A learning rate lies above 0, not {self.lr:g}: write for instance --optimization.lr 0.1.")
+        if not 0.0 <= self.momentum < 1.0:
+            raise UserError(f"Momentum lies in [0, 1), not {self.momentum:g}: write --optimization.momentum 0.9.")
+        if self.weight_decay < 0:
+            raise UserError(
+                f"Weights cannot decay by {self.weight_decay:g}: write --optimization.weight-decay 0 or more."
+            )
+        if self.warmup_epochs < 0:
+            raise UserError(f"A warm-up cannot last {self.warmup_epochs:g} epochs: write 0 or more.")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise UserError(f"An EMA decay lies between 0 and 1, not {self.ema:g}: write for instance 0.9999.")
         if self.clip is not None and self.clip <= 0:

@@ -44,7 +44,8 @@ def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> Ru
         torch.set_num_threads(experiment.threads or threads_per_rank())
     if ranks.first:
         print(
-            f"{_count(ranks.count, 'rank')} on {ranks.device.type}, {torch.get_num_threads()} threads each", flush=True
+            f"{_count(ranks.count, 'rank')} on {ranks.device.type}, {_count(torch.get_num_threads(), 'thread')} each",
+            flush=True,
         )
     micro_batches = ranks.micro_batches(experiment.batch.micro_batches)
     compiled_widths = _check_compile(experiment)

@@ -42,10 +42,14 @@ class WidthRecipe(Recipe):
     def __post_init__(self) -> None:
         for point in self.points():
             width_of(point)
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(
+                f"Label smoothing lies in [0, 1): write --recipe.label-smoothing so, not {self.label_smoothing:g}."
+            )
         try:  # the channel counts are arithmetic: refuse a divisor before a weight is allocated
             self.network.check()
         except ValueError as error:
-            raise UserError(f"{str(error).removesuffix('.')} (--recipe.network.divisor).") from None
+            raise UserError(f"--recipe.network: {error}") from None
 
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         return Outcome(logits=net(images, width_of(point)))

@@ -64,8 +64,15 @@ class MobileNet:
         """Allocates nothing.
 
         Raises:
-            ValueError: the divisor leaves a layer without channels.
+            ValueError: a setting makes no network, or the divisor leaves a layer without channels.
         """
+        if not 0.0 < self.full <= 1.0:
+            raise ValueError(f"full lies above 0 and is at most 1, not {self.full:g}: write for instance 0.5.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout lies in [0, 1), not {self.dropout:g}: write for instance 0.2.")
+        for stride in (self.stem_stride, self.early_stride, self.middle_stride, self.late_stride):
+            if stride not in (1, 2):
+                raise ValueError(f"Strides are 1 or 2, not {stride}: write one of these.")
         narrowest = 16 if self.version == "v2" else 32  # published channels of the narrowest layer
         active_channels(active_channels(narrowest, self.full, 8), 1.0, self.divisor)
 

@@ -1,0 +1,60 @@
+"""The ImageNet recipes: the paper's settings, a helpful sentence without data, and steps on real photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pliant import record
+from pliant.errors import EXIT_USER_ERROR
+from pliant.methods.us_net import USNet
+from tests.runs import REPOSITORY, command, finish, losses, only_run
+
+IMAGENET = ("usnet_mbv1", "usnet_mbv2", "snet_mbv2", "inet_mbv2")
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_without_a_data_root_the_recipe_says_what_to_write(name: str, tmp_path: Path) -> None:
+    done = finish(command("--runs", str(tmp_path), recipe=name))
+    assert done.returncode == EXIT_USER_ERROR
+    assert "--data.root" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_recipe_runs_on_the_photographs(name: str, shared_data: Path, tmp_path: Path) -> None:
+    """Three steps at 224 px here; `make soak` takes twenty."""
+    _run_on_photographs(name, shared_data, tmp_path, steps=3)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", IMAGENET)
+def test_recipe_runs_twenty_steps_on_the_photographs(name: str, shared_data: Path, tmp_path: Path) -> None:
+    _run_on_photographs(name, shared_data, tmp_path, steps=20)
+
+
+def _run_on_photographs(name: str, shared_data: Path, tmp_path: Path, steps: int) -> None:
+    given = ["--data.root", str(shared_data / "photos"), "--data.classes", "1000", "--runs", str(tmp_path)]
+    given += ["--batch.images", "8", "--batch.micro", "4", "--optimization.steps", str(steps), "--log-steps", "1"]
+    done = finish(command(*given, recipe=name))
+    assert done.returncode == 0, done.stderr
+    lines = losses(only_run(tmp_path))
+    assert len(lines) == steps
+    assert all(0 < loss < 20 for line in lines for loss in line.values())
+
+
+@pytest.mark.parametrize(("name", "low"), [("usnet_mbv1", 0.25), ("usnet_mbv2", 0.35)])
+def test_us_nets_carry_the_paper_s_settings(name: str, low: float) -> None:
+    """Section 5.1, and the authors' code where it is silent."""
+    experiment = record.load_recipe_file(REPOSITORY / "recipes" / f"{name}.py").EXPERIMENT
+    recipe, optimization, data = experiment.recipe, experiment.optimization, experiment.data
+    assert isinstance(recipe, USNet)
+    assert (recipe.low, recipe.high, recipe.n, recipe.rule, recipe.distill) == (low, 1.0, 4, "sandwich", True)
+    assert (optimization.lr, optimization.schedule, optimization.epochs) == (0.5, "linear", 250)
+    assert (optimization.momentum, optimization.nesterov, optimization.weight_decay) == (0.9, True, 1e-4)
+    assert optimization.decay == "kernels"
+    assert (experiment.batch.images, experiment.batch.micro, data.size) == (1024, 128, 224)
+    assert (data.scale, data.jitter, data.lighting) == ((0.25, 1.0), 0.4, 0.1)
+    assert len(recipe.points()) == round((1.0 - low) / 0.025) + 1
