@@ -27,7 +27,7 @@ from pliant.recipe import Progress
 from pliant.torchvision_cpu import make_importable
 
 make_importable()
-from torchvision.models import mobilenet_v2  # noqa: E402
+from torchvision.models import mobilenet_v2
 
 WIDTHS = (1.0, 0.35, 0.6, 0.8)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before torch starts its threads, as pliant.cli does for a user.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -37,7 +37,18 @@ def test_recipe_runs_twenty_steps_on_the_photographs(name: str, shared_data: Pat
 
 def _run_on_photographs(name: str, shared_data: Path, tmp_path: Path, steps: int) -> None:
     given = ["--data.root", str(shared_data / "photos"), "--data.classes", "1000", "--runs", str(tmp_path)]
-    given += ["--batch.images", "8", "--batch.micro", "4", "--optimization.steps", str(steps), "--log-steps", "1"]
+    given += [
+        "--batch.images",
+        "8",
+        "--batch.micro",
+        "4",
+        "--optimization.steps",
+        str(steps),
+        "--log-steps",
+        "1",
+        "--optimization.lr",
+        "0.01",
+    ]
     done = finish(command(*given, recipe=name))
     assert done.returncode == 0, done.stderr
     lines = losses(only_run(tmp_path))

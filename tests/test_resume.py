@@ -85,7 +85,7 @@ def test_signal_stops_after_the_step_with_a_checkpoint(
 
 def test_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:
     """In the middle of a step that never ends by itself."""
-    slow = arguments(data, tmp_path, **{"batch__images": 40000, "batch__micro": 8, "data__tail": "wrap"})
+    slow = arguments(data, tmp_path, batch__images=40000, batch__micro=8, data__tail="wrap")
     process = start(command(*slow))
     wait_for(process, "run folder")
     time.sleep(2)

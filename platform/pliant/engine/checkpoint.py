@@ -138,10 +138,12 @@ def require(folder: Path, which: str) -> Checkpoint:
 
 def _thin(folder: Path, keep: int) -> None:
     paths = folders(folder)
-    scores = {path: score for path in paths if (score := _score(path)) is not None}
     kept = set(paths[-keep:])
-    if scores:
-        kept.add(max(scores, key=lambda path: (scores[path], -paths.index(path))))
+    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    for path in sorted(scores, key=lambda path: (-scores[path], path)):
+        if path in kept or isinstance(verify(path), Checkpoint):  # a damaged one is not worth a whole one's place
+            kept.add(path)
+            break
     for path in paths:
         if path not in kept:
             _remove(path)

@@ -13,6 +13,7 @@ from torch import nn
 from pliant import record
 from pliant.data import Feed, open_dataset
 from pliant.engine import checkpoint, folder
+from pliant.engine.compilation import compile_net, graphs_to_compile
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import listening
 from pliant.engine.precision import Precision
@@ -48,7 +49,7 @@ def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> Ru
             flush=True,
         )
     micro_batches = ranks.micro_batches(experiment.batch.micro_batches)
-    compiled_widths = _check_compile(experiment)
+    graphs = graphs_to_compile(experiment)
     feed = make_feed(experiment, ranks)
     schedule = make_schedule(experiment.recipe.stages(), experiment.optimization, feed.steps_per_epoch)
     run, found, notes = _choose(experiment, ranks, recipe_file)
@@ -74,7 +75,8 @@ def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> Ru
             micro_batches=micro_batches,
             ema=_make_ema(experiment, net),
         )
-        _compile(net, compiled_widths)
+        if graphs is not None:
+            compile_net(net, graphs)
         telemetry.event("start", step=0 if found is None else found.step, ranks=ranks.count)
         trainer.run(restored)
         telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds)
@@ -179,24 +181,3 @@ def _make_ema(experiment: Experiment, net: nn.Module) -> Any:
     from timm.utils.model_ema import ModelEmaV3  # slow to import
 
     return ModelEmaV3(net, decay=experiment.optimization.ema)
-
-
-def _check_compile(experiment: Experiment) -> int | None:
-    """How many graphs to compile; None for none."""
-    if not experiment.compile:
-        return None
-    graphs = experiment.recipe.graphs()
-    if isinstance(graphs, str):
-        raise UserError(f"This run cannot be compiled: {graphs}. Leave --compile out, or train an S-Net or an I-Net.")
-    return graphs
-
-
-def _compile(net: nn.Module, graphs: int | None) -> None:
-    if graphs is None:
-        return
-    import torch._dynamo
-
-    # A fall-back to running uncompiled would be silent: make it an error. Training and evaluation are graphs apart.
-    torch._dynamo.config.recompile_limit = 2 * graphs + 2
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    net.compile(dynamic=False)

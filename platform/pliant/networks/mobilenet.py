@@ -194,9 +194,10 @@ class SlimmableNet(nn.Module):
         """Logits at each of the widths in turn, the layers that they share exactly computed once.
 
         Run the backward of each answer before taking the next: the shared layers receive their gradient, the sum
-        over all widths, with the last one's. With private scale and shift nothing is shared.
+        over all widths, with the last one's. With private scale and shift nothing is shared; nor is it where the
+        network is compiled, each width as a whole.
         """
-        if self.private or not torch.is_grad_enabled():
+        if self.private or self._compiled_call_impl is not None or not torch.is_grad_enabled():
             for width in widths:
                 yield self(images, width)
             return
