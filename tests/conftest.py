@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Before torch starts its threads, as pliant.cli does for a user.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Callable
 from pathlib import Path
