@@ -27,9 +27,9 @@ def read(run: Path) -> dict[str, Any]:
 def title(spectrum: dict[str, Any]) -> str:
     """What was measured, on how many images of which kind."""
     images = spectrum["lines"][0]["images"]
-    kind = "generated images" if spectrum["generated"] else "images"
-    split = spectrum["split"].replace("_", "-")
-    return f"{spectrum['name']}: one {spectrum['method']} after {spectrum['step']} steps, {images} {split} {kind}"
+    kind = "generated " if spectrum["generated"] else ""
+    split = {"val": "validation", "held_out": "held-out"}[spectrum["split"]]
+    return f"{spectrum['name']}: one {spectrum['method']} after {spectrum['step']} steps, {images} {kind}{split} images"
 
 
 def table(spectrum: dict[str, Any]) -> Table:
@@ -69,12 +69,10 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     accuracies = [100 * line["top1"] for line in lines]
     figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
     axes.plot(costs, accuracies, marker="o", markersize=4, color="#1f5fa8")
-    every = max(1, len(lines) // 8)
-    for number, (line, cost, accuracy) in enumerate(zip(lines, costs, accuracies, strict=True)):
-        if number % every == 0 or number == len(lines) - 1:
-            axes.annotate(
-                line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
-            )
+    for line, cost, accuracy in _apart(list(zip(lines, costs, accuracies, strict=True))):
+        axes.annotate(
+            line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+        )
     axes.set_xlabel("multiply-accumulates per image (millions)")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.set_title(title(spectrum), fontsize=9)
@@ -86,6 +84,16 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     pyplot.close(figure)
     partial.rename(path)
     return path
+
+
+def _apart(points: list[tuple[dict[str, Any], float, float]]) -> list[tuple[dict[str, Any], float, float]]:
+    """Those of the points, by rising cost, whose labels do not run into each other; both ends are always among them."""
+    gap = 0.08 * (points[-1][1] - points[0][1])
+    chosen = points[-1:]
+    for point in reversed(points[1:]):
+        if point[1] - points[0][1] > gap and chosen[0][1] - point[1] > gap:
+            chosen.insert(0, point)
+    return [*points[:1], *chosen] if len(points) > 1 else chosen
 
 
 def scalars(spectrum: dict[str, Any], run: Path) -> None:
