@@ -94,7 +94,7 @@ def test_table_shows_every_figure_whole_whatever_the_terminal(measured, columns)
 def test_title_says_what_was_measured_on_what(measured):
     assert report.title(measured) == "tiny: one USNet after 2 steps, 40 validation images"
     generated = {**measured, "generated": True, "split": "held_out"}
-    assert report.title(generated) == "tiny: one USNet after 2 steps, 40 held-out generated images"
+    assert report.title(generated) == "tiny: one USNet after 2 steps, 40 generated held-out images"
 
 
 def test_picture_opens(run):
