@@ -41,8 +41,9 @@ from pliant.experiment import Experiment, Optimization
 from pliant.methods.distillation import soft_cross_entropy, soft_labels
 from pliant.randomness import Draw
 from pliant.recipe import Native, Outcome, Pass, Point, Progress, Recipe
-from recipes.usnet_cifar10 import EXPERIMENT
+from pliant.record import load_recipe_file
 
+EXPERIMENT: Experiment = load_recipe_file(Path(__file__).parents[1] / "recipes" / "usnet_cifar10.py").EXPERIMENT
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MANY = 10**6
 
