@@ -28,7 +28,7 @@ from pliant.engine.batchnorm import (
 from pliant.engine.evaluation import evaluate
 from pliant.engine.folder import RunFolder
 from pliant.engine.precision import Precision
-from pliant.engine.ranks import Ranks
+from pliant.engine.ranks import Ranks, join, leave
 from pliant.engine.session import build_net, make_feed
 from pliant.errors import UserError
 from pliant.experiment import Calibration, Data, Experiment
@@ -181,8 +181,6 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: Path) ->
 @contextmanager
 def opened(path: Path, **options: Any) -> Iterator[Trained]:
     """Collective. `open_run` over the ranks that were launched."""
-    from pliant.engine.ranks import join, leave
-
     try:
         yield open_run(path, join(), **options)
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, cast
@@ -110,15 +110,11 @@ class _Norm:
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution, batch norm and activation, under torchvision's names 0 and 1."""
-
-    def __init__(self, conv: SlimmableConv2d, norm: SlimmableBatchNorm2d, activation: Callable[[Tensor], Tensor]):
-        super().__init__(conv, norm)
-        self.activation = activation
+    """Convolution, batch norm and ReLU6, under torchvision's names 0 and 1."""
 
     def forward(self, x: Tensor, outputs: int | None, index: int | None) -> Tensor:  # type: ignore[override]
         """(B, C, H, W) to (B, outputs, H', W')."""
-        return self.activation(self[1](self[0](x, outputs), index))
+        return relu6(self[1](self[0](x, outputs), index))
 
 
 class InvertedResidual(nn.Module):
@@ -288,20 +284,20 @@ class MobileNetV2(SlimmableNet):
         tracked = [self._layout(channels) for channels in (self.channels(width) for width in self.tracked)]
         prefix_sets = [layout[0][0] for layout in tracked] if self.private else [full[0]]
         stem = SlimmableConv2d(3, full[0], 3, stride=self.spec.stem_stride)
-        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets), relu6)]
+        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets))]
         for number, (inputs, hidden, outputs, stride, residual) in enumerate(self._layout(full)):
             hidden_sets = [layout[number][1] for layout in tracked] if number else prefix_sets
             layers: list[nn.Module] = []
             if number:
                 expand = SlimmableConv2d(inputs, hidden, 1, average=average)
-                layers.append(ConvNorm(expand, norm(hidden, hidden_sets), relu6))
+                layers.append(ConvNorm(expand, norm(hidden, hidden_sets)))
             depthwise = SlimmableConv2d(hidden, hidden, 3, stride=stride, groups=hidden)
-            layers.append(ConvNorm(depthwise, norm(hidden, hidden_sets), relu6))
+            layers.append(ConvNorm(depthwise, norm(hidden, hidden_sets)))
             layers.append(SlimmableConv2d(hidden, outputs, 1, average=average))
             layers.append(norm(outputs, [layout[number][2] for layout in tracked]))
             features.append(InvertedResidual(layers, residual))
         last = SlimmableConv2d(full[len(V2_STAGES)], self.head, 1, average=average)
-        features.append(ConvNorm(last, norm(self.head, [self.head] * len(self.tracked)), relu6))
+        features.append(ConvNorm(last, norm(self.head, [self.head] * len(self.tracked))))
         self.features = nn.ModuleList(features)
         self.classifier = nn.ModuleList([nn.Dropout(self.spec.dropout), SlimmableLinear(self.head, self.classes)])
 
@@ -367,7 +363,7 @@ class MobileNetV1(SlimmableNet):
         sets = [[self.channels(width)[group] for width in self.tracked] for group in range(len(full))]
         prefix_sets = sets[0] if self.private else [full[0]]
         stem = SlimmableConv2d(3, full[0], 3, stride=self.spec.stem_stride)
-        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets), relu6)]
+        features: list[nn.Module] = [ConvNorm(stem, norm(full[0], prefix_sets))]
         for number in range(len(V1_BLOCKS)):
             inputs, outputs = full[number], full[number + 1]
             depthwise = SlimmableConv2d(inputs, inputs, 3, stride=self._stride(number), groups=inputs)
@@ -375,8 +371,8 @@ class MobileNetV1(SlimmableNet):
             depthwise_sets = sets[number] if number else prefix_sets
             features.append(
                 Separable(
-                    ConvNorm(depthwise, norm(inputs, depthwise_sets), relu6),
-                    ConvNorm(pointwise, norm(outputs, sets[number + 1]), relu6),
+                    ConvNorm(depthwise, norm(inputs, depthwise_sets)),
+                    ConvNorm(pointwise, norm(outputs, sets[number + 1])),
                 )
             )
         self.features = nn.ModuleList(features)
