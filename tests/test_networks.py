@@ -21,7 +21,7 @@ from pliant.engine.ranks import Ranks
 from pliant.experiment import Batching, Data
 from pliant.methods.i_net import INet
 from pliant.methods.us_net import USNet
-from pliant.networks.mobilenet import V1_BLOCKS, MobileNet, SlimmableNet
+from pliant.networks.mobilenet import MobileNet, SlimmableNet, v1
 from pliant.recipe import Outcome, Point, Width
 from pliant.torchvision_cpu import make_importable
 
@@ -67,7 +67,7 @@ def macs_of_v1(channels: tuple[int, ...], size: int = 224) -> int:
     """By arithmetic: outputs times weights of each, stem, depthwise and pointwise layers, classifier."""
     side = size // 2
     total = side**2 * 27 * channels[0]
-    for (inputs, outputs), (_, stride) in zip(itertools.pairwise(channels), V1_BLOCKS, strict=True):
+    for (inputs, outputs), (_, stride) in zip(itertools.pairwise(channels), v1.BLOCKS, strict=True):
         side //= stride
         total += side**2 * inputs * (9 + outputs)
     return total + channels[-1] * 1000
@@ -256,7 +256,7 @@ def test_imagenet_weights_score_on_photographs_what_they_should(shared_data: Pat
     class_list = tmp_path / "classes.txt"
     class_list.write_text("".join(f"{wnids.get(index, f'absent{index}')}\n" for index in range(1000)))
     data = Data(root=shared_data / "photos", class_list=class_list, loader="torchvision", size=224)
-    feed = Feed(open_dataset(data, 0), data, Batching(images=1, micro=1), seed=0, device="cpu")
+    feed = Feed(open_dataset(data, 0), data, Batching(images=2, micro=2), seed=0, device="cpu")
     recipe = UpsideDown()
     net = recipe.build(1000).eval()
     kept = load_file(shared_data / "mobilenet_v2" / "mobilenet_v2_1.0_224.safetensors")
