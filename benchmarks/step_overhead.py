@@ -6,6 +6,10 @@ The engine's side is its trainer's own loop: draws, anchor, finiteness flag, clo
 steps. The bare side is four forwards and backwards and the same fused SGD. Both hold the same batches in memory, and
 take turns of a few steps in one process. `overhead` is the ratio for the network of recipes/usnet_cifar10.py;
 `extra_ms` is the difference per step for four passes of a network of one layer, where nothing hides it.
+
+`overhead_2_ranks` is that ratio for two processes over gloo with a thread each. The bare side there is
+DistributedDataParallel with the first three passes in no_sync and find_unused_parameters, without which its last,
+narrow pass would leave parameters unreduced.
 """
 
 from __future__ import annotations
@@ -15,17 +19,21 @@ import dataclasses
 import io
 import itertools
 import json
+import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from pliant.data import Batch
 from pliant.engine.backends import wrap
@@ -34,10 +42,12 @@ from pliant.engine.interruption import Interruption
 from pliant.engine.optimization import make_optimizer, set_learning
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
+from pliant.engine.saving import Saver
 from pliant.engine.schedule import make_schedule
 from pliant.engine.telemetry import Telemetry
 from pliant.engine.trainer import Trainer
-from pliant.experiment import Experiment, Optimization
+from pliant.engine.watchdog import Watchdog
+from pliant.experiment import Batching, Experiment, Optimization
 from pliant.methods.distillation import soft_cross_entropy, soft_labels
 from pliant.randomness import Draw
 from pliant.recipe import Native, Outcome, Pass, Point, Progress, Recipe
@@ -45,6 +55,7 @@ from pliant.record import load_recipe_file
 
 EXPERIMENT: Experiment = load_recipe_file(Path(__file__).parents[1] / "recipes" / "usnet_cifar10.py").EXPERIMENT
 ALONE = Ranks(0, 1, torch.device("cpu"))
+Side = Callable[[int], None]
 MANY = 10**6
 
 
@@ -60,6 +71,9 @@ class Settings:
     """Turns of each side for the small one."""
     small_steps: int = 50
     threads: int = 2
+    """Threads of the one process; each of the two ranks has one."""
+    ranks: bool = True
+    """Measure two ranks as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,64 +115,86 @@ def make_batches(images: int) -> list[Batch]:
     ]
 
 
-def engine_side(experiment: Experiment, net: nn.Module, batches: list[Batch], folder: Path) -> Callable[[int], None]:
+def engine_side(
+    experiment: Experiment, net: nn.Module, batches: list[Batch], folder: Path, ranks: Ranks = ALONE
+) -> Side:
     """Takes so many steps with the trainer's own loop."""
     config = dataclasses.replace(experiment.optimization, steps=MANY, warmup_epochs=0.0)
     experiment = dataclasses.replace(experiment, optimization=config, evaluate_epochs=0.0, log_steps=10)
     experiment = dataclasses.replace(experiment, saving=dataclasses.replace(experiment.saving, every_steps=MANY))
     schedule = make_schedule(experiment.recipe.stages(), config, steps_per_epoch=MANY)
-    telemetry = Telemetry(RunFolder(folder), first=True, step=0)
+    telemetry = Telemetry(RunFolder(folder), first=ranks.first, step=0)
     trainer = Trainer(
         experiment=experiment,
-        ranks=ALONE,
+        ranks=ranks,
         folder=RunFolder(folder),
         feed=MemoryFeed(batches),  # type: ignore[arg-type]
         net=net,
         schedule=schedule,
-        precision=Precision("fp32", ALONE.device),
+        precision=Precision("fp32", ranks.device),
         telemetry=telemetry,
         interruption=Interruption(),
-        micro_batches=[0],
+        saver=Saver(folder / "checkpoints", ranks, experiment.saving, telemetry.warn),
+        watchdog=Watchdog(None, 0.0),
+        micro_batches=[ranks.rank],
         ema=None,
     )
     set_learning(net, schedule.stages[0])
-    trainer.optimizer = make_optimizer(net, config)
-    backend = wrap(net, ALONE, "single")
+    trainer.backend = wrap(net, ranks, "auto", config, trainer.precision)
     endless = itertools.cycle(batches)
 
     def run(steps: int) -> None:
         first = trainer.state.step
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer._steps(0, range(first, first + steps), endless, backend)
+            trainer._steps(0, range(first, first + steps), endless)
 
     return run
 
 
-def bare_cifar(net: nn.Module, batches: list[Batch], recipe: Recipe) -> Callable[[int], None]:
+class NextLogits(nn.Module):
+    """What DistributedDataParallel wraps: the next pass of an iteration over widths."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, passes: Iterator[Tensor]) -> Tensor:
+        return next(passes)
+
+
+def bare_cifar(net: nn.Module, batches: list[Batch], recipe: Recipe, ranks: int = 1) -> Side:
     """Algorithm 1 in a plain loop, each width's stem shared as the engine's side shares it."""
     optimizer = make_optimizer(net, Optimization(lr=0.1))
     endless, numbers = itertools.cycle(batches), itertools.count()
     net.train()
+    module: Any = NextLogits(net)
+    if ranks > 1:
+        module = DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             batch = next(endless)
             widths = recipe.widths(net, Draw(0, 0, next(numbers), 0))  # type: ignore[attr-defined]
             soft = None
-            for logits in net.at_each(batch.images, widths):  # type: ignore[operator]
-                if soft is None:
-                    loss = cross_entropy(logits, batch.labels)
-                    soft = soft_labels(logits)
-                else:
-                    loss = soft_cross_entropy(logits, soft)
-                loss.backward()
+            passes = net.at_each(batch.images, widths)  # type: ignore[operator]
+            for number in range(len(widths)):
+                held = module.no_sync() if ranks > 1 and number < len(widths) - 1 else contextlib.nullcontext()
+                with held:
+                    logits = module(passes)
+                    if soft is None:
+                        loss = cross_entropy(logits, batch.labels)
+                        soft = soft_labels(logits)
+                    else:
+                        loss = soft_cross_entropy(logits, soft)
+                    loss.backward()
+            next(passes, None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return run
 
 
-def bare_layer(net: nn.Module, batches: list[Batch]) -> Callable[[int], None]:
+def bare_layer(net: nn.Module, batches: list[Batch]) -> Side:
     """Four passes of one layer in a plain loop."""
     optimizer = make_optimizer(net, Optimization(lr=0.1))
     endless = itertools.cycle(batches)
@@ -174,9 +210,7 @@ def bare_layer(net: nn.Module, batches: list[Batch]) -> Callable[[int], None]:
     return run
 
 
-def alternate(
-    ours: Callable[[int], None], bare: Callable[[int], None], turns: int, steps: int
-) -> list[tuple[float, float]]:
+def alternate(ours: Side, bare: Side, turns: int, steps: int) -> list[tuple[float, float]]:
     """Seconds per step of each side, turn by turn; who goes first changes each time."""
     ours(steps)
     bare(steps)
@@ -191,36 +225,65 @@ def alternate(
     return pairs
 
 
-def main(settings: Settings) -> None:
-    torch.set_num_threads(settings.threads)
+def cifar_pairs(settings: Settings, folder: Path, ranks: Ranks) -> list[tuple[float, float]]:
+    """Seconds per step in the engine and bare, of the network of recipes/usnet_cifar10.py."""
     recipe = EXPERIMENT.recipe
     net, reference = (recipe.build(10).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
     batches = make_batches(EXPERIMENT.batch.micro)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        ours = engine_side(EXPERIMENT, net, batches, path)
-        pairs = alternate(ours, bare_cifar(reference, batches, recipe), settings.turns, settings.steps)
+    batching = Batching(images=ranks.count * EXPERIMENT.batch.micro, micro=EXPERIMENT.batch.micro)
+    ours = engine_side(dataclasses.replace(EXPERIMENT, batch=batching), net, batches, folder, ranks)
+    bare = bare_cifar(reference, batches, recipe, ranks.count)
+    return alternate(ours, bare, settings.turns, settings.steps)
+
+
+def _enter(rank: int, settings: Settings, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    pairs = cifar_pairs(settings, folder, Ranks(rank, 2, torch.device("cpu")))
+    if rank == 0:
+        (folder / "pairs.json").write_text(json.dumps(pairs))
+    dist.destroy_process_group()
+
+
+def two_ranks(settings: Settings, folder: Path) -> list[tuple[float, float]]:
+    """`cifar_pairs` over two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_enter, (settings, folder, port), nprocs=2)
+    return [(ours, bare) for ours, bare in json.loads((folder / "pairs.json").read_text())]
+
+
+def say(what: str, pairs: list[tuple[float, float]]) -> float:
+    """One line for a person; the median ratio."""
+    ours, bare = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+    print(f"{what}: {1000 * ours:.2f} ms in the engine, {1000 * bare:.2f} ms bare", flush=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overhead = say(f"US-Net step of {EXPERIMENT.name}", cifar_pairs(settings, folder, ALONE))
         small = dataclasses.replace(EXPERIMENT, recipe=OneLayer())
         few = make_batches(8)
-        small_ours = engine_side(small, OneLayer().build(10), few, path)
-        small_bare = bare_layer(OneLayer().build(10), few)
-        small_pairs = alternate(small_ours, small_bare, settings.small_turns, settings.small_steps)
-    overhead = statistics.median(mine / theirs for mine, theirs in pairs)
-    extra = 1000 * statistics.median(mine - theirs for mine, theirs in small_pairs)
-    print(
-        f"US-Net step of {EXPERIMENT.name}: {statistics.median(mine for mine, _ in pairs):.3f} s in the engine, "
-        f"{statistics.median(theirs for _, theirs in pairs):.3f} s bare"
-    )
-    print(
-        f"four passes of one layer: {1000 * statistics.median(mine for mine, _ in small_pairs):.2f} ms in the engine, "
-        f"{1000 * statistics.median(theirs for _, theirs in small_pairs):.2f} ms bare"
-    )
+        pairs = alternate(
+            engine_side(small, OneLayer().build(10), few, folder),
+            bare_layer(OneLayer().build(10), few),
+            settings.small_turns,
+            settings.small_steps,
+        )
+        say("four passes of one layer", pairs)
+        extra = 1000 * statistics.median(mine - theirs for mine, theirs in pairs)
+        several = say("US-Net step on two ranks", two_ranks(settings, folder)) if settings.ranks else None
     print(
         json.dumps(
             {
                 "benchmark": "step_overhead",
                 "overhead": round(overhead, 4),
                 "extra_ms": round(extra, 3),
+                "overhead_2_ranks": None if several is None else round(several, 4),
                 "turns": settings.turns,
                 "threads": settings.threads,
             }

@@ -293,6 +293,9 @@ def main() -> None:
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"Stopped: {settings.root} is not there yet; the same command begins again.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

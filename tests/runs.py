@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +66,42 @@ def environment() -> dict[str, str]:
 def finish(given: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
     return subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+@dataclass
+class Launch:
+    """Ranks of one command, started without a launcher that would end all of them with one."""
+
+    command: Sequence[str]
+    ranks: int = 2
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self) -> Launch:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        count = str(self.ranks)
+        for rank in map(str, range(self.ranks)):
+            env = environment() | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            self.processes.append(
+                subprocess.Popen(list(self.command), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        return self
+
+    def finish(self) -> list[tuple[int, str]]:
+        """Exit status and words of each."""
+        done = []
+        for process in self.processes:
+            said, complaints = process.communicate(timeout=120)
+            done.append((process.returncode, said + complaints))
+        return done
+
+    def running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def kill(self, rank: int) -> None:
+        self.processes[rank].send_signal(signal.SIGKILL)
 
 
 def only_run(runs: Path) -> Path:

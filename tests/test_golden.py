@@ -20,6 +20,7 @@ from pliant import record
 from pliant.engine.session import train
 from pliant.experiment import Batching, Experiment
 from tests.runs import REPOSITORY, losses, tiny_cifar
+from tests.test_step import ALONE
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.py") if path.stem != "__init__")
@@ -69,7 +70,7 @@ def measure(name: str, folder: Path) -> list[dict[str, float]]:
         return tiny_cifar(folder / "data") if source == "cifar10" else small_folder(folder / "data")
 
     experiment = record.load_recipe_file(REPOSITORY / "recipes" / f"{name}.py").EXPERIMENT
-    return losses(train(small(experiment, make_root, folder / "runs")).path)
+    return losses(train(small(experiment, make_root, folder / "runs"), ALONE).path)
 
 
 @pytest.mark.parametrize("name", RECIPES)

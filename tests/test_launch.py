@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +67,10 @@ def test_number_of_ranks_is_held_to(data: Path, tmp_path: Path) -> None:
 
 
 def test_processes_that_would_each_train_alone_are_refused(data: Path, tmp_path: Path) -> None:
-    """Two tasks of one srun without a rendezvous would both write the whole run."""
+    """Two processes of one mpirun without a rendezvous would both write the whole run."""
     done = subprocess.run(
         command(*settings(data, tmp_path)),
-        env={**environment(), "SLURM_STEP_NUM_TASKS": "2"},
+        env={**environment(), "OMPI_COMM_WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -77,3 +79,63 @@ def test_processes_that_would_each_train_alone_are_refused(data: Path, tmp_path:
     assert done.returncode == EXIT_USER_ERROR
     assert "without WORLD_SIZE and RANK" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_of_srun_find_each_other(data: Path, one_process: list[dict[str, float]], tmp_path: Path) -> None:
+    """With what srun sets and nothing else."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    tasks = [
+        subprocess.Popen(
+            command(*settings(data, tmp_path), "--ranks", "2"),
+            env={**environment(), **job, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in (0, 1)
+    ]
+    said = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert said[0][0].startswith("2 ranks on cpu")
+    assert said[1][0] == ""
+    for got, want in zip(losses(only_run(tmp_path)), one_process, strict=True):
+        assert got == pytest.approx(want, abs=1e-5)
+
+
+FAST = {"optimization__steps": 50, "optimization__lr": 0.003}
+"""fp32, as DeepSpeed has no fp64; at a rate at which rounding does not grow much in fifty steps."""
+
+
+@pytest.fixture(scope="module")
+def two_ranks_of_ddp(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    runs = tmp_path_factory.mktemp("ddp")
+    done = finish([*LAUNCHERS["torchrun"], RECIPE, *arguments(data, runs, **FAST, ranks=2)])
+    assert done.returncode == 0, done.stderr
+    return losses(only_run(runs))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_with_a_deepspeed_file_trains_to_the_losses_of_ddp(
+    data: Path, two_ranks_of_ddp: list[dict[str, float]], tmp_path: Path, stage: int
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": "auto"}))
+    launcher = [str(BIN / "accelerate"), "launch", "--use_deepspeed", "--deepspeed_config_file", str(file)]
+    given = [*launcher, "--num_processes", "2", "--main_process_port", "0", RECIPE]
+    runs = tmp_path / "runs"
+    done = subprocess.run(
+        [*given, *arguments(data, runs, **FAST, ranks=2)],
+        env={**environment(), "ACCELERATE_USE_CPU": "true", "PATH": f"{BIN}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks on cpu" in done.stdout
+    assert f"DeepSpeed ZeRO {stage}" in done.stdout
+    several = losses(only_run(runs))
+    assert len(several) == len(two_ranks_of_ddp) == 50
+    for got, want in zip(several, two_ranks_of_ddp, strict=True):
+        assert got == pytest.approx(want, abs=2e-4)

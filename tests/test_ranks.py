@@ -14,18 +14,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pliant.engine import step as step_module
 from pliant.engine.backends import wrap
 from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks, join
 from pliant.engine.step import accumulate
 from pliant.errors import UserError
+from pliant.experiment import Optimization
 from pliant.methods.us_net import USNet
 from pliant.networks.mobilenet import MobileNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Recipe, Width
-from tests.small_recipes import ALL, Plain
+from tests.small_recipes import ALL
 from tests.test_step import micro_batch, progress_at
 
 MICRO_BATCHES = 4
@@ -40,7 +40,7 @@ def spawn(worker: object, ranks: int, *arguments: object) -> None:
 
 
 def _enter(rank: int, worker: object, ranks: int, port: int, arguments: tuple[object, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     worker(Ranks(rank, ranks, torch.device("cpu")), *arguments)  # type: ignore[operator]
@@ -54,7 +54,7 @@ def double(batch: Batch) -> Batch:
 
 def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> list[Tensor]:
     """Gradients of the last of a few steps, each followed by a plain update."""
-    backend = wrap(net, ranks, "auto")
+    backend = wrap(net, ranks, "auto", Optimization(), Precision("fp32", ranks.device))
     indices = ranks.micro_batches(MICRO_BATCHES)
     gradients: list[Tensor] = []
     for step in range(steps):
@@ -63,7 +63,6 @@ def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> 
             recipe,
             net,
             backend,
-            Precision("fp32", ranks.device),
             RunningStatistics(net),
             [double(micro_batch(index)) for index in indices],
             [Draw(0, 0, step, index) for index in indices],
@@ -77,9 +76,7 @@ def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> 
     return gradients
 
 
-def _equals_one_process(ranks: Ranks, anchored: bool) -> None:
-    if not anchored:
-        step_module._anchored = lambda loss, parameters: loss
+def _equals_one_process(ranks: Ranks) -> None:
     for recipe in (*ALL, US_NET):
         torch.manual_seed(1)
         net = recipe.build(3).double()
@@ -97,45 +94,7 @@ def _equals_one_process(ranks: Ranks, anchored: bool) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_and_statistics_are_those_of_one_process(ranks: int) -> None:
     """Three ranks share four micro-batches unevenly."""
-    spawn(_equals_one_process, ranks, True)
-
-
-def test_without_the_anchor_they_are_not() -> None:
-    """The test above can fail: without the anchor a parameter that some rank's last pass leaves out is lost."""
-    with pytest.raises(mp.ProcessRaisedException):
-        spawn(_equals_one_process, 2, False)
-
-
-def _counts_reductions(ranks: Ranks) -> None:
-    recipe = Plain()
-    torch.manual_seed(0)
-    backend = wrap(recipe.build(3), ranks, "ddp")
-    counted = []
-
-    def hook(state, bucket):  # type: ignore[no-untyped-def] # torch reads annotations, which are strings here
-        counted.append(bucket.is_last())
-        return (
-            dist.all_reduce(bucket.buffer().div_(ranks.count), async_op=True).get_future().then(lambda f: f.value()[0])
-        )
-
-    backend._ddp.register_comm_hook(None, hook)  # type: ignore[attr-defined]
-    for step in range(3):
-        accumulate(
-            recipe,
-            backend._ddp.module.net,  # type: ignore[attr-defined]
-            backend,
-            Precision("fp32", ranks.device),
-            RunningStatistics(nn.Module()),
-            [micro_batch(index) for index in ranks.micro_batches(MICRO_BATCHES)],
-            [Draw(0, 0, step, index) for index in ranks.micro_batches(MICRO_BATCHES)],
-            progress_at(step),
-            MICRO_BATCHES,
-        )
-        assert counted.count(True) == step + 1, "one reduction per step, whatever the number of micro-batches"
-
-
-def test_gradients_are_reduced_once_per_step() -> None:
-    spawn(_counts_reductions, 2)
+    spawn(_equals_one_process, ranks)
 
 
 def _calibrates(ranks: Ranks, folder: str) -> None:
@@ -187,7 +146,7 @@ def test_more_ranks_than_micro_batches_are_refused() -> None:
         Ranks(0, 3, torch.device("cpu")).micro_batches(2)
 
 
-@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_processes_that_each_believe_to_be_alone_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"started 2 processes \\({name}\\)"):
         join(environment={name: "2"})

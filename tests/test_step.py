@@ -41,8 +41,7 @@ def run_step(recipe: Recipe, net: nn.Module, step: int, count: int, precision: s
     losses = accumulate(
         recipe,
         net,
-        wrap(net, ALONE, "single"),
-        Precision(precision, ALONE.device),
+        wrap(net, ALONE, "single", Optimization(), Precision(precision, ALONE.device)),
         RunningStatistics(net),
         [micro_batch(index) for index in range(count)],
         draws,
@@ -179,14 +178,13 @@ def test_mixed_precision_trains_fp32_weights_to_nearly_the_same(precision: str) 
     reference = copy.deepcopy(net)
     for one, name in ((net, precision), (reference, "fp32")):
         kind = Precision(name, ALONE.device)
-        optimizer = make_optimizer(one, Optimization(lr=0.1))
+        backend = wrap(one, ALONE, "single", Optimization(lr=0.1, clip=1.0), kind)
         step = 0
         while step < 4:
             accumulate(
                 Unequal(),
                 one,
-                wrap(one, ALONE, "single"),
-                kind,
+                backend,
                 RunningStatistics(one),
                 [micro_batch(0), micro_batch(1)],
                 [Draw(0, 0, step, 0), Draw(0, 0, step, 1)],
@@ -194,7 +192,7 @@ def test_mixed_precision_trains_fp32_weights_to_nearly_the_same(precision: str) 
                 2,
             )
             # fp16's first scale may be too large: that step is left out, the scale halved, and it is taken again.
-            step += update(optimizer, kind, lr=0.1, clip=1.0).nonfinite.item() == 0.0
+            step += backend.update(0.1).nonfinite.item() == 0.0
     for got, want in zip(net.parameters(), reference.parameters(), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)

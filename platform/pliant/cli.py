@@ -1,4 +1,4 @@
-"""The command line: `pliant train|spectrum|calibrate|export`, and the end of every recipe file.
+"""The command line: `pliant train|spectrum|calibrate|export|checkpoint`, and the end of every recipe file.
 
 A user's mistake is one sentence on stderr and exit status 2.
 """
@@ -17,18 +17,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+from pliant.errors import EXIT_INTERRUPTED, EXIT_RANKS_LOST, EXIT_USER_ERROR, Interrupted, RanksLost, UserError
 from pliant.experiment import Calibration, Experiment
 from pliant.recipe import Point, Width, parse_point
+
+if TYPE_CHECKING:
+    from pliant.engine.ranks import Ranks
 
 _COMMANDS = {
     "train": "train a recipe file: pliant train recipes/usnet_mbv2.py --data.root /imagenet",
     "spectrum": "accuracy and cost of a run's network at many points: pliant spectrum RUN",
     "calibrate": "batch-norm statistics of points: pliant calibrate RUN --at 0.5",
+    "checkpoint": "list or verify a run's checkpoints: pliant checkpoint verify RUN",
     "export": "an ordinary network at one point: pliant export RUN --at 0.5",
 }
 
@@ -83,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "train":
         _guard(lambda: _train_command(given[1:]))
     elif command == "spectrum":
-        _guard(lambda: spectrum(tyro.cli(AskSpectrum, args=given[1:], prog="pliant spectrum")))
+        _guard(lambda: _spectrum_command(tyro.cli(AskSpectrum, args=given[1:], prog="pliant spectrum")))
     elif command == "calibrate":
         _guard(lambda: _calibrate(tyro.cli(Ask, args=given[1:], prog="pliant calibrate")))
+    elif command == "checkpoint":
+        _guard(lambda: _checkpoint(given[1:]))
     elif command == "export":
         _guard(lambda: _export(tyro.cli(AskExport, args=given[1:], prog="pliant export")))
     else:
@@ -126,23 +132,32 @@ def _train_command(arguments: Sequence[str]) -> None:
 
 def _train(experiment: Experiment, recipe_file: Path, arguments: Sequence[str] | None, *, show: bool) -> None:
     asked = tyro.cli(Experiment, default=experiment, args=arguments, description=f"Train {experiment.name}.")
-    from pliant.engine.session import train  # torch and all: only once the command line is known to be right
+    from pliant.engine.ranks import joined  # torch and all: only once the command line is known to be right
+    from pliant.engine.session import train
 
-    run = train(asked, recipe_file).path
-    if show:
-        spectrum(AskSpectrum(run=run))
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"Done. Its spectrum: pliant spectrum {run}")
+    with joined(asked.ranks) as ranks:
+        run = train(asked, ranks, recipe_file).path
+        if show:
+            spectrum(AskSpectrum(run=run), ranks)
+        elif ranks.first:
+            print(f"Done. Its spectrum: pliant spectrum {run}")
 
 
-def spectrum(ask: AskSpectrum) -> None:
-    """Measures, prints a table, writes spectrum.json and spectrum.png and TensorBoard's scalars."""
+def _spectrum_command(ask: AskSpectrum) -> None:
+    from pliant.engine.ranks import joined
+
+    with joined() as ranks:
+        spectrum(ask, ranks)
+
+
+def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
+    """Collective. Measures, prints a table, writes spectrum.json and spectrum.png and TensorBoard's scalars."""
     from rich.console import Console
 
     from pliant.engine.trained import opened, write_spectrum
     from pliant.report import spectrum as report
 
-    with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
+    with opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
         points = trained.checked(parse_points(ask.at))
         split = ask.split
         if split == "auto":
@@ -161,9 +176,10 @@ def spectrum(ask: AskSpectrum) -> None:
 
 
 def _calibrate(ask: Ask) -> None:
+    from pliant.engine.ranks import joined
     from pliant.engine.trained import opened
 
-    with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
+    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
         points = trained.checked(parse_points(ask.at))
         trained.at(points, ask.calibration(trained.experiment.calibration))
         if trained.ranks.first:
@@ -171,18 +187,52 @@ def _calibrate(ask: Ask) -> None:
 
 
 def _export(ask: AskExport) -> None:
+    from pliant.engine.ranks import joined
     from pliant.engine.trained import opened
     from pliant.export import export
 
     points = parse_points(ask.at)
     if len(points) != 1:
         raise UserError(f"An export is of one point, and {len(points)} were given: write for instance --at 0.5.")
-    with opened(ask.run, which=ask.checkpoint, root=ask.root) as trained:
+    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
         (point,) = trained.checked(points)
         net = trained.at([point], ask.calibration(trained.experiment.calibration))[point]
         folder = ask.to or ask.run / "export" / point.file_name
         for path in export(trained, net, point, folder, ask.formats):
             print(path)
+
+
+@dataclass(frozen=True)
+class AskCheckpoint:
+    """What is there of a run's checkpoints: their steps and scores, and whether each is whole."""
+
+    action: Annotated[Literal["list", "verify"], tyro.conf.Positional]
+    """list: steps, scores and sizes. verify: reads every byte as well; status 2 if one is damaged."""
+    run: Run
+    """Folder of the run, as train named it."""
+
+
+def _checkpoint(arguments: Sequence[str]) -> None:
+    ask = tyro.cli(AskCheckpoint, args=arguments, prog="pliant checkpoint")
+    from rich.console import Console
+    from rich.table import Table
+
+    from pliant.engine import checkpoint
+    from pliant.engine.folder import RunFolder
+
+    folders = checkpoint.folders(RunFolder(ask.run).checkpoints)
+    if not folders:
+        raise UserError(f"{ask.run} holds no checkpoint: write the folder of a run, for instance runs/NAME/TIME.")
+    found = [checkpoint.verify(path, contents=ask.action == "verify") for path in folders]
+    table = Table("checkpoint", "score", "MB", "state" if ask.action == "list" else "state, every byte read")
+    for path, one in zip(folders, found, strict=True):
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / 1e6
+        score = "" if isinstance(one, str) or one.score is None else f"{one.score:.4f}"
+        table.add_row(path.name, score, f"{size:.1f}", "damaged" if isinstance(one, str) else "whole")
+    Console().print(table)
+    damaged = [one for one in found if isinstance(one, str)]
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}. A run that is resumed steps over it.")
 
 
 def parse_points(texts: Sequence[str]) -> list[Point]:
@@ -211,21 +261,27 @@ def parse_points(texts: Sequence[str]) -> list[Point]:
 
 def _guard(action: Callable[[], None]) -> None:
     """Runs it; what a user can mend becomes a sentence and an exit status."""
-    rank = os.environ.get("RANK", "0")
-    prefix = "" if rank == "0" else f"rank {rank}: "
     try:
         action()
-    except UserError as error:
+    except (UserError, RanksLost) as error:
+        prefix = "" if _rank() == "0" else f"rank {_rank()}: "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANKS_LOST)
     except Interrupted as stop:
-        if rank == "0":
+        if _rank() == "0":
             print(f"{stop}\nGo on with: {_again(sys.argv)}", flush=True)
         sys.exit(EXIT_INTERRUPTED)
 
 
+def _rank() -> str:
+    """This process's rank, once it has joined the others."""
+    return os.environ.get("RANK", "0")
+
+
 def _again(arguments: Sequence[str]) -> str:
     """The command that goes on with this one."""
+    if Path(arguments[0]).name == "pliant" and arguments[1:2] != ["train"]:
+        return shlex.join(["pliant", *arguments[1:]])
     kept = [text for text in arguments if not text.startswith("--resume=")]
     if "--resume" in kept:
         place = kept.index("--resume")

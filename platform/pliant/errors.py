@@ -2,6 +2,7 @@
 
 UserError          2   a mistake that the user can mend: shown as one sentence, without a traceback
 Interrupted       75   stopped by a signal after a checkpoint: the same command with --resume auto goes on
+RanksLost         76   another rank does not answer: killed, or hanging; the newest checkpoint stands
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from types import ModuleType
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", which no shell or scheduler uses itself
+EXIT_RANKS_LOST = 76
 
 
 class UserError(Exception):
@@ -17,6 +19,10 @@ class UserError(Exception):
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and did
     """The run stopped on a signal. Its text says how to go on."""
+
+
+class RanksLost(Exception):  # noqa: N818 - it is what happened
+    """Another rank does not answer any more."""
 
 
 def optional_import(module: str, *, extra: str, purpose: str) -> ModuleType:

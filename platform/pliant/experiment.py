@@ -15,6 +15,7 @@ from pliant.errors import UserError
 from pliant.recipe import Recipe
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+BackendName = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ class Batching:
                 f"A global batch of {self.images} images is no whole number of micro-batches of {self.micro}: "
                 f"write --batch.images as a multiple of --batch.micro."
             )
+        if self.micro < 2:
+            raise UserError("Batch norm has no variance over a single image: write --batch.micro 2 or more.")
 
     @property
     def micro_batches(self) -> int:
@@ -166,8 +169,10 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.images < 0:
             raise UserError(f"Batch norm cannot be calibrated on {self.images} images: write a number, or 0 for all.")
-        if self.batch < 1:
-            raise UserError(f"A calibration batch cannot hold {self.batch} images: write 1 or more.")
+        if self.batch < 2:
+            raise UserError(
+                f"Batch norm has no variance over {self.batch} images: write --calibration.batch 2 or more."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +181,8 @@ class Saving:
 
     every_steps: int | None = None
     """Save after so many steps; default: after each epoch."""
+    every_minutes: float | None = None
+    """Save as well when so many minutes have gone by since the last save."""
     keep: int = 2
     """The newest checkpoints kept, besides the best; at least 2, so that a damaged one can be stepped
     over."""
@@ -183,6 +190,8 @@ class Saving:
     def __post_init__(self) -> None:
         if self.keep < 2:
             raise UserError("Keep at least two checkpoints (--saving.keep 2): if one is damaged, the other serves.")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise UserError("Checkpoints are some time apart: write for instance --saving.every-minutes 15.")
         if self.every_steps is not None and self.every_steps < 1:
             raise UserError("Checkpoints are at least one step apart: write --saving.every-steps 1 or more.")
 
@@ -204,8 +213,15 @@ class Experiment:
     comparing runs, as it does not show in which order a sum was taken."""
     compile: bool = False
     """Compile the network with torch.compile; only for recipes with a fixed set of widths."""
-    backend: Literal["auto", "single", "ddp"] = "auto"
-    """How gradients are reduced; auto is ddp on several ranks."""
+    backend: BackendName = "auto"
+    """How gradients are reduced. auto: what accelerate launch was told; else ddp on several ranks, single on one.
+    zero0 to zero3: DeepSpeed's ZeRO, which shares out optimizer state (1), gradients (2) and weights (3)."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed's configuration file, for a ZeRO backend; default: the one that accelerate launch names, if any."""
+    verify_gradients: int = 0
+    """Compare the reduced gradient of so many first steps with that of one process, and stop if they differ."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others, once the first step is done, before the run is given up."""
     threads: int | None = None
     """Threads that each rank computes with on CPUs; default: the machine's cores, shared out among its ranks."""
     ranks: int | None = None
@@ -227,6 +243,18 @@ class Experiment:
             raise UserError("A rank computes with at least one thread: write --threads 1 or more.")
         if self.log_steps < 1:
             raise UserError("Log lines are at least one step apart: write --log-steps 1 or more.")
+        if self.verify_gradients < 0:
+            raise UserError(f"Gradients cannot be verified in {self.verify_gradients} steps: write 0 or more.")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"Ranks cannot wait {self.timeout_minutes:g} minutes: write for instance 10.")
+        if self.backend == "zero3" and self.optimization.ema is not None:
+            raise UserError(
+                "--optimization.ema keeps all weights on every rank, which ZeRO 3 is there to avoid: write --backend "
+                "zero2, or leave --optimization.ema out."
+            )
+        if self.backend.startswith("zero") and (self.compile or self.precision == "fp64"):
+            what = "compiled networks" if self.compile else "fp64"
+            raise UserError(f"--backend {self.backend} does not serve {what}: write --backend ddp.")
         stages = self.recipe.stages()
         if abs(sum(stage.share for stage in stages) - 1.0) > 1e-6:
             shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
@@ -243,7 +271,10 @@ RESUME_RULES: dict[str, Literal["free", "warned"]] = {
     "saving": "free",
     "compile": "warned",
     "threads": "free",
-    "backend": "free",
+    "backend": "warned",
+    "deepspeed_config": "warned",
+    "verify_gradients": "free",
+    "timeout_minutes": "free",
     "ranks": "free",
     "runs": "free",
     "resume": "free",

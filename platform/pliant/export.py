@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -47,7 +48,9 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     program = None
     if "torch" in formats or "onnx" in formats:
         batch = torch.export.Dim("batch", min=1)
-        program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
+        with warnings.catch_warnings():  # of torch's, about itself
+            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+            program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
     if "torch" in formats:
         path = folder / "model.pt2"
         torch.export.save(cast(torch.export.ExportedProgram, program), path)

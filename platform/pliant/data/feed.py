@@ -129,7 +129,7 @@ class Feed:
             UserError: the split has no images; or (from the iterator) a file cannot be decoded.
         """
         images = self.dataset.split(split)
-        batches = -(-len(images) // batch)
+        batches = self.evaluation_batches(split, batch)
 
         def requests() -> Iterator[Request]:
             for number in range(rank, batches, ranks):
@@ -138,6 +138,10 @@ class Feed:
 
         return self._served(split, requests)
 
+    def evaluation_batches(self, split: SplitName, batch: int) -> int:
+        """Batches that `evaluation` gives over all ranks."""
+        return -(-len(self.dataset.split(split)) // batch)
+
     def calibration(
         self, *, images: int, batch: int, augment: bool, seed: int, rank: int = 0, ranks: int = 1
     ) -> AbstractContextManager[Iterator[tuple[int, Batch]]]:
@@ -145,7 +149,7 @@ class Feed:
 
         Args:
             images: how many; 0, or more than there are, takes all of them.
-            batch: images of a batch; only where all images are taken the last may be shorter.
+            batch: images of a batch; only where all images are taken the last may be shorter, down to two.
             augment: crop and colour as in training, else as in validation.
             seed: of the draw and of the augmentation.
             rank: takes the batches rank, rank + ranks, ...
@@ -175,7 +179,8 @@ class Feed:
         """
         there = len(self.dataset.train)
         if images == 0 or images >= there:
-            return -(-there // batch)
+            # Batch norm has no variance over a single image.
+            return there // batch if there % batch == 1 and there > 1 else -(-there // batch)
         if images < batch:
             raise UserError(
                 f"Calibration on {images} images has no whole batch of {batch}: "

@@ -1,14 +1,19 @@
-"""What all ranks agree on between two steps."""
+"""What all ranks agree on between two steps, or between two batches of an evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pliant.engine.interruption import Interruption, Stopped
 from pliant.engine.ranks import Ranks
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -19,29 +24,34 @@ class Beat:
     """The gradient was not finite, and the step was left out."""
     stop: bool = False
     """Some rank was asked to stop."""
+    save: bool = False
+    """Some rank's clock says that a checkpoint is due."""
 
 
 class Beats:
     """One packed flag per step, read a step late so that nothing waits for it.
 
-    Alone, a process knows at once whether it was asked to stop.
+    Alone, a process knows at once whether it was asked to stop, or is to save.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._pending: tuple[dist.Work | None, Tensor] | None = None
 
-    def beat(self, nonfinite: Tensor, asked: bool) -> Beat:
+    def beat(self, nonfinite: Tensor, *, stop: bool, save: bool = False) -> Beat:
         """Collective. The flags of the step before.
 
         Args:
             nonfinite: of this step, a scalar on the device, 0 or 1.
-            asked: whether this process was asked to stop.
+            stop: whether this process was asked to stop.
+            save: whether this process finds that a checkpoint is due.
         """
         before = self.last()
-        flags = torch.stack([nonfinite, torch.full_like(nonfinite, float(asked))])
+        flags = torch.stack(
+            [nonfinite, torch.full_like(nonfinite, float(stop)), torch.full_like(nonfinite, float(save))]
+        )
         self._pending = (self._ranks.start_max(flags), flags)
-        return Beat(before.nonfinite, asked) if self._ranks.count == 1 else before
+        return Beat(before.nonfinite, stop, save) if self._ranks.count == 1 else before
 
     def last(self) -> Beat:
         """The flags not yet read."""
@@ -51,5 +61,25 @@ class Beats:
         self._pending = None
         if work is not None:
             work.wait()
-        nonfinite, stop = flags.tolist()
-        return Beat(bool(nonfinite), bool(stop))
+        return Beat(*(bool(flag) for flag in flags.tolist()))
+
+
+def heeded(items: Iterable[Item], rounds: int, ranks: Ranks, interruption: Interruption) -> Iterator[Item]:
+    """Collective. This rank's items, unless a rank is asked to stop on the way.
+
+    Args:
+        items: at most `rounds`; ranks may have unlike numbers.
+        rounds: the greatest number over ranks.
+
+    Raises:
+        Stopped: on all ranks in the same round.
+    """
+    beats, rest = Beats(ranks), iter(items)
+    for _ in range(rounds):
+        for item in rest:
+            yield item
+            break
+        if beats.beat(torch.zeros((), device=ranks.device), stop=interruption.asked).stop:
+            beats.last()
+            raise Stopped
+    beats.last()

@@ -57,16 +57,11 @@ def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None,
     _remove(partial)
     try:
         partial.mkdir()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
-        _write(partial / _STATE, data)
-        body = {
-            "step": step,
-            "score": score,
-            "files": {_STATE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
-        }
-        _write(partial / _MANIFEST, json.dumps({**body, "sha256": _digest(body)}, indent=2).encode())
+        with _Flushed(partial / _STATE) as file:
+            _save(state, file)
+        body = {"step": step, "score": score, "files": {_STATE: file.entry}}
+        with _Flushed(partial / _MANIFEST) as manifest:
+            manifest.write(json.dumps({**body, "sha256": _digest(body)}, indent=2).encode())
         _flush_folder(partial)
         if path.exists():  # the same step again, after a resume from an earlier one: equal, or damaged
             _remove(path)
@@ -79,8 +74,12 @@ def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None,
     return path
 
 
-def verify(path: Path) -> Checkpoint | str:
-    """The checkpoint in a folder, if it is whole; else what is wrong with it."""
+def verify(path: Path, *, contents: bool = True) -> Checkpoint | str:
+    """The checkpoint in a folder, if it is whole; else what is wrong with it.
+
+    Args:
+        contents: read every byte; else the manifest and the files' sizes alone.
+    """
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         digest = manifest.pop("sha256")
@@ -90,6 +89,8 @@ def verify(path: Path) -> Checkpoint | str:
             file = path / name
             if file.stat().st_size != entry["bytes"]:
                 return f"{file} is damaged: it has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if not contents:
+                continue
             with file.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
                     return f"{file} is damaged: its checksum does not match"
@@ -166,11 +167,53 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _save(state: dict[str, Any], file: _Flushed) -> None:
+    try:
+        torch.save(state, file)  # type: ignore[arg-type] # it only writes
+    except Exception:
+        if file.problem is not None:  # torch hides it behind one of its own
+            raise file.problem from None
+        raise
+
+
+class _Flushed(io.RawIOBase):
+    """A new file that counts and hashes what is written to it, and is on the disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self.problem: OSError | None = None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self._bytes += len(view)
+        written = 0
+        try:
+            while written < len(view):  # a raw write may be short
+                written += self._file.write(view[written:])
+        except OSError as error:
+            self.problem = error
+            raise
+        return written
+
+    def __exit__(self, *stopped: Any) -> None:
+        if not any(stopped):
+            os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _flush_folder(path: Path) -> None:

@@ -5,7 +5,7 @@ Every image counts exactly once over any number of ranks: sums are added up, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,12 @@ def evaluate(
     *,
     precision: Precision,
     ranks: Ranks,
-    after_batch: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
     """Collective. One measurement per point, in the order of `nets`.
 
     Args:
         nets: the network to ask at each point, in evaluation mode with that point's statistics.
         batches: this rank's share of the images.
-        after_batch: called after each batch; may raise to stop.
     """
     sums = {point: torch.zeros(5, dtype=torch.float64, device=ranks.device) for point in nets}
     costs: dict[Point, float] = {}
@@ -43,7 +41,6 @@ def evaluate(
             with precision.autocast():
                 outcome = recipe.predict(net, batch.images, point)
             sums[point] += _tally(outcome, batch.labels, costs[point])
-        after_batch()
     table = ranks.sum_(torch.stack(list(sums.values())))
     return [_measurement(recipe, point, nets[point], row.tolist()) for point, row in zip(nets, table, strict=True)]
 

@@ -17,6 +17,23 @@ from pliant.experiment import Batching
 from pliant.recipe import Progress
 
 
+class _Moment:
+    """A point in time, of the device where it works on its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        self._clock = time.perf_counter()
+
+    def until(self, later: _Moment) -> float:
+        """Seconds; once the device has come so far."""
+        if self._event is not None and later._event is not None:
+            return float(self._event.elapsed_time(later._event)) / 1000
+        return later._clock - self._clock
+
+
 class Meter:
     """Collects the steps of a window; losses stay on the device until the window is read."""
 
@@ -28,9 +45,18 @@ class Meter:
         self._losses: list[Losses] = []
         self._seconds = self._waited = 0.0
         self._since = time.perf_counter()
+        self._alone: list[tuple[_Moment, _Moment]] = []
 
     def timed(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
-        """The next `number` micro-batches, with the time spent waiting for them counted."""
+        """A step begins: its `number` micro-batches, with the time spent waiting for them counted."""
+        self._begun = _Moment(self._ranks.device)
+        return self._timed(batches, number)
+
+    def reducing(self) -> None:
+        """This rank has done what it can do alone in this step."""
+        self._alone.append((self._begun, _Moment(self._ranks.device)))
+
+    def _timed(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
         for _ in range(number):
             started = time.perf_counter()
             batch = next(batches)
@@ -66,6 +92,8 @@ class Meter:
         steps = len(self._losses)
         micro_batches = steps * self._batching.micro_batches
         passes = len(self._losses[-1].values) / len(self._ranks.share(self._batching.micro_batches))
+        alone = sum(begun.until(ended) for begun, ended in self._alone) / max(1, len(self._alone))
+        rank_seconds = self._ranks.rows(torch.tensor([alone], dtype=torch.float64, device=self._ranks.device))
         window = Window(
             step=done,
             steps=self._schedule.total,
@@ -80,6 +108,7 @@ class Meter:
             images_per_s=micro_batches * self._batching.micro / seconds,
             passes_per_s=micro_batches * passes / seconds,
             data_share=min(1.0, self._waited / seconds),
+            rank_seconds=tuple(rank_seconds[:, 0].tolist()),
             seconds_left=seconds / steps * (self._schedule.total - done),
         )
         self._clear()

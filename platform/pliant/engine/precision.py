@@ -33,6 +33,18 @@ class Precision:
         """The loss to run backward from."""
         return loss if self._scaler is None else self._scaler.scale(loss)
 
+    @property
+    def scale(self) -> float:
+        """The factor on losses, and so on gradients, now."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    def observe(self, nonfinite: Tensor) -> None:
+        """The update of the scale alone, where a backend unscales and steps by itself: as `step` would."""
+        if self._scaler is not None:
+            self._scaler.scale(nonfinite)  # makes its tensors, the first time
+            self._scaler._per_optimizer_states[0]["found_inf_per_device"] = {self._device: nonfinite}
+            self._scaler.update()
+
     def unscale(self, optimizer: Optimizer) -> None:
         """Takes the scale out of the gradients, once all passes have run and ranks are reduced."""
         if self._scaler is not None:

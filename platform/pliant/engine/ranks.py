@@ -6,6 +6,9 @@ Methods marked Collective are called by every rank or by none.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -13,12 +16,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from pliant.errors import UserError
+from pliant.errors import RanksLost, UserError, optional_import
 
 T = TypeVar("T")
 
-_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+_STRANGERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+_LOST = re.compile("timed? ?out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+"""How gloo and NCCL put it that another rank does not answer."""
+_TO_START = timedelta(minutes=30)  # ranks may index a cold dataset at unlike speeds
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,25 @@ class Ranks:
         dist.all_gather(table, row)
         return torch.stack(table)
 
+    def all(self, value: T) -> list[T]:
+        """Collective. Every rank's value, in their order."""
+        if self.count == 1:
+            return [value]
+        box: list[T] = [value] * self.count
+        dist.all_gather_object(box, value)
+        return box
+
+    def from_rank(self, rank: int, tensor: Tensor) -> Tensor:
+        """Collective. That rank's tensor, written into everyone's, of the same shape."""
+        if self.count > 1:
+            dist.broadcast(tensor, src=rank)
+        return tensor
+
+    def wait_at_most(self, minutes: float) -> None:
+        """From now on a rank that waits longer for another gives up."""
+        if self.count > 1:
+            distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), dist.group.WORLD)
+
     def barrier(self) -> None:
         """Collective. Waits for all ranks."""
         if self.count > 1:
@@ -103,6 +129,8 @@ def join(requested: int | None = None, environment: dict[str, str] | None = None
             themselves for the whole run.
     """
     env = dict(os.environ) if environment is None else environment
+    if "WORLD_SIZE" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env |= _adopt_srun(env)
     declared = int(env.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in env:
         _refuse_strangers(env)
@@ -126,7 +154,7 @@ def join(requested: int | None = None, environment: dict[str, str] | None = None
 
 
 def _refuse_strangers(env: dict[str, str]) -> None:
-    for name, launcher in _LAUNCHERS.items():
+    for name, launcher in _STRANGERS.items():
         if int(env.get(name, "1")) > 1:
             raise UserError(
                 f"{launcher} started {env[name]} processes ({name}), but without WORLD_SIZE and RANK each would take "
@@ -135,14 +163,42 @@ def _refuse_strangers(env: dict[str, str]) -> None:
             )
 
 
+def _adopt_srun(env: dict[str, str]) -> dict[str, str]:
+    """What torchrun would have set, from what srun set: one rank per task."""
+    submitit_helpers = optional_import("submitit.helpers", extra="slurm", purpose="A start by srun alone")
+    submitit_helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: os.environ[name] for name in names}
+
+
 def _join_group(device: torch.device) -> Ranks:
     from accelerate import PartialState  # slow to import, and needed by several ranks only
 
-    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(minutes=30))
+    # NCCL keeps a record of its last collectives, and writes it when one takes too long.
+    for name, value in {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}.items():
+        os.environ.setdefault(name, value)
+    state = PartialState(cpu=device.type == "cpu", timeout=_TO_START)
     return Ranks(state.process_index, state.num_processes, state.device)
 
 
-def leave() -> None:
-    """Closes the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def joined(requested: int | None = None) -> Iterator[Ranks]:
+    """Collective. This process among the others for as long as the `with` lasts; entered once by a process.
+
+    Raises:
+        UserError: as `join`.
+        RanksLost: in a collective, another rank did not answer.
+    """
+    ranks = join(requested)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if ranks.count == 1 or not _LOST.search(str(error)):
+            raise
+        raise RanksLost(
+            f"Rank {ranks.rank} waited in vain for another, which was killed or hangs ({str(error).splitlines()[0]}). "
+            "The newest checkpoint stands; where the ranks stood may be said in the run's folder hangs."
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

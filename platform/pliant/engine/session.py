@@ -16,31 +16,27 @@ from pliant.engine import checkpoint, folder
 from pliant.engine.compilation import compile_net, graphs_to_compile
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import listening
+from pliant.engine.launch import honoured
 from pliant.engine.precision import Precision
-from pliant.engine.ranks import Ranks, join, leave
+from pliant.engine.ranks import Ranks
+from pliant.engine.saving import Saver
 from pliant.engine.schedule import Schedule, make_schedule
 from pliant.engine.telemetry import Telemetry
 from pliant.engine.trainer import Trainer
+from pliant.engine.watchdog import watchdog
 from pliant.errors import UserError
 from pliant.experiment import Experiment, differences, rule_on_resume
 from pliant.randomness import philox
 
 
-def train(experiment: Experiment, recipe_file: Path | None = None) -> RunFolder:
+def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None) -> RunFolder:
     """Collective. Trains, or goes on training; the folder of the run.
 
     Raises:
         UserError: something asked for cannot be done.
         Interrupted: a signal came, and a checkpoint was written.
     """
-    ranks = join(experiment.ranks)
-    try:
-        return _train(experiment, ranks, recipe_file)
-    finally:
-        leave()
-
-
-def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> RunFolder:
+    experiment = honoured(experiment)
     if ranks.device.type == "cpu":
         torch.set_num_threads(experiment.threads or threads_per_rank())
     if ranks.first:
@@ -57,6 +53,8 @@ def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> Ru
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     with (
         Telemetry(run, first=ranks.first, step=0 if found is None else found.step) as telemetry,
+        Saver(run.checkpoints, ranks, experiment.saving, telemetry.warn) as saver,
+        watchdog(run.path, ranks, experiment.timeout_minutes) as guard,
         listening() as interruption,
     ):
         for note in notes:
@@ -72,6 +70,8 @@ def _train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> Ru
             precision=Precision(experiment.precision, ranks.device),
             telemetry=telemetry,
             interruption=interruption,
+            saver=saver,
+            watchdog=guard,
             micro_batches=micro_batches,
             ema=_make_ema(experiment, net),
         )
@@ -163,9 +163,14 @@ def _introduction(experiment: Experiment, feed: Feed, schedule: Schedule, run: R
         f"{experiment.name}: {type(experiment.recipe).__name__}, {parameters:,} parameters, "
         f"{dataset.num_classes} classes\n"
         f"{len(dataset.train)} training images{held}, by {feed.loader}; {schedule.total} steps of "
-        f"{experiment.batch.images} images in micro-batches of {experiment.batch.micro}, {experiment.precision}\n"
+        f"{experiment.batch.images} images in micro-batches of {experiment.batch.micro}, {experiment.precision}"
+        f"{_backend(experiment)}\n"
         f"run folder {run.path}"
     )
+
+
+def _backend(experiment: Experiment) -> str:
+    return f", DeepSpeed ZeRO {experiment.backend[-1]}" if experiment.backend.startswith("zero") else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,7 +8,7 @@ gradient, on one process too, so that weight decay and momentum treat it alike e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pliant.engine.backends import Backend
 from pliant.engine.batchnorm import RunningStatistics
-from pliant.engine.precision import Precision
 from pliant.errors import UserError
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Pass, Progress, Recipe
@@ -46,42 +45,45 @@ def accumulate(
     recipe: Recipe,
     net: nn.Module,
     backend: Backend,
-    precision: Precision,
     running: RunningStatistics,
     micro_batches: Iterable[Batch],
     draws: Sequence[Draw],
     progress: Progress,
     total: int,
+    reducing: Callable[[], None] = lambda: None,
 ) -> Losses:
-    """Collective. Leaves the gradient of the mean over the global batch's micro-batches in the learning parameters.
+    """Collective. Leaves the gradient of the mean over the global batch's micro-batches with the backend.
 
     Args:
         micro_batches: this rank's, in the order of `draws`.
         draws: one per micro-batch of this rank.
         total: micro-batches of the step over all ranks.
+        reducing: called when this rank has done all that it can do alone, before it waits for others.
 
     Raises:
         UserError: the recipe yields another number of passes than it declares, or a loss that is no scalar.
     """
-    passes_declared = recipe.passes(progress)
+    declared = recipe.passes(progress)
     learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    share = backend.averaged / total
     losses = Losses()
     running.begin(len(draws))
-    for index, (micro_batch, draw) in enumerate(zip(micro_batches, draws, strict=True), start=1):
-        torch.manual_seed(draw.torch_seed("dropout"))
-        passes = recipe.iteration(net, micro_batch, draw, progress)
-        for number in range(1, passes_declared + 1):
-            last = index == len(draws) and number == passes_declared
-            with precision.autocast():
-                one = backend.forward(passes, reduces=last)
-            one = _checked(recipe, one, number, passes_declared)
-            losses.add(one)
-            loss = one.loss * (backend.averaged / total)
-            backend.backward(precision.scaled(_anchored(loss, learning) if last else loss))
-            del one, loss
-        if next(passes, None) is not None:
-            raise UserError(_miscount(recipe, passes_declared, "more"))
-        running.end_micro_batch()
+    with backend.step():
+        for index, (micro_batch, draw) in enumerate(zip(micro_batches, draws, strict=True), start=1):
+            torch.manual_seed(draw.torch_seed("dropout"))
+            passes = recipe.iteration(net, micro_batch, draw, progress)
+            for number in range(1, declared + 1):
+                last = index == len(draws) and number == declared
+                one = _checked(recipe, backend.forward(passes, reduces=last), number, declared)
+                losses.add(one)
+                if last:
+                    reducing()
+                loss = one.loss * share
+                backend.backward(_anchored(loss, learning) if last and backend.anchored else loss)
+                del one, loss
+            if next(passes, None) is not None:
+                raise UserError(_miscount(recipe, declared, "more"))
+            running.end_micro_batch()
     running.end()
     return losses
 

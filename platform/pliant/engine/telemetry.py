@@ -6,6 +6,7 @@ Only the first rank speaks. A log that cannot be written (a full disk) is said o
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pliant.recipe import Measurement
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+_SLOW = 1.2  # a rank that takes this much longer than the median is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,28 @@ class Window:
     """Forward and backward passes of micro-batches, over all ranks."""
     data_share: float
     """Share of this rank's time spent waiting for data, in [0, 1]."""
+    rank_seconds: tuple[float, ...]
+    """What each rank spent on a step before it had to wait for the others: loading, and all passes up to the last
+    backward."""
     seconds_left: float
+
+    @property
+    def slowest(self) -> tuple[int, float]:
+        """The rank that the others wait for, and its seconds over their median."""
+        slowest = max(self.rank_seconds)
+        middle = statistics.median(self.rank_seconds)
+        return self.rank_seconds.index(slowest), slowest / middle if middle > 0 else 1.0
 
     def line(self) -> str:
         """One line for a person."""
         losses = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
         skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        rank, times = self.slowest
+        waits = f"  slowest rank {rank} ({times:.2f}x)" if len(self.rank_seconds) > 1 and times > _SLOW else ""
         return (
             f"step {self.step}/{self.steps}  epoch {self.epoch:.2f}  loss {losses}  lr {self.lr:.4g}  "
-            f"{self.images_per_s:.0f} images/s  {self.passes_per_s:.1f} passes/s  data {self.data_share:.0%}{skipped}  "
-            f"left {duration(self.seconds_left)}"
+            f"{self.images_per_s:.0f} images/s  {self.passes_per_s:.1f} passes/s  data {self.data_share:.0%}{skipped}"
+            f"{waits}  left {duration(self.seconds_left)}"
         )
 
 
@@ -141,6 +156,9 @@ class Telemetry:
         scalars |= {f"metrics/{name}": value for name, value in window.metrics.items()}
         for name in ("lr", "norm", "skipped", "images_per_s", "passes_per_s", "data_share"):
             scalars[f"run/{name}"] = getattr(window, name)
+        if len(window.rank_seconds) > 1:
+            scalars["ranks/slowest_over_median"] = window.slowest[1]
+            scalars |= {f"ranks/seconds/{rank}": seconds for rank, seconds in enumerate(window.rank_seconds)}
         self._scalars(scalars, window.step)
 
     def measurements(self, title: str, step: int, lines: Sequence[Measurement]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pliant import record
 from pliant.data import Feed
 from pliant.engine import checkpoint
+from pliant.engine.agreement import heeded
 from pliant.engine.batchnorm import (
     LayerStatistics,
     calibrate,
@@ -27,10 +28,11 @@ from pliant.engine.batchnorm import (
 )
 from pliant.engine.evaluation import evaluate
 from pliant.engine.folder import RunFolder
+from pliant.engine.interruption import Interruption, Stopped, listening
 from pliant.engine.precision import Precision
-from pliant.engine.ranks import Ranks, join, leave
+from pliant.engine.ranks import Ranks
 from pliant.engine.session import build_net, make_feed
-from pliant.errors import UserError
+from pliant.errors import Interrupted, UserError
 from pliant.experiment import Calibration, Data, Experiment
 from pliant.recipe import Measurement, Native, Point, Recipe
 
@@ -47,6 +49,7 @@ class Trained:
     """In evaluation mode: the averaged weights, if the run keeps an EMA."""
     feed: Feed
     ranks: Ranks
+    interruption: Interruption = field(default_factory=Interruption)
 
     @property
     def recipe(self) -> Recipe:
@@ -83,6 +86,7 @@ class Trained:
         number = self.feed.calibration_batches(images, batch)
         # Fewer batches than ranks: every rank runs all of them, which leaves weighted means as they are.
         rank, ranks = (self.ranks.rank, self.ranks.count) if number >= self.ranks.count else (0, 1)
+        rounds = -(-number // ranks)
         seed = self.experiment.seed
         with self.feed.calibration(
             images=images, batch=batch, augment=calibration.augment, seed=seed, rank=rank, ranks=ranks
@@ -91,7 +95,7 @@ class Trained:
                 self.recipe,
                 self.net,
                 points,
-                ((index, one.images) for index, one in batches),
+                heeded(((index, one.images) for index, one in batches), rounds, self.ranks, self.interruption),
                 average=calibration.average,
                 number=number,
                 precision=Precision(self.experiment.precision, self.ranks.device),
@@ -127,11 +131,16 @@ class Trained:
 
     def measure(self, nets: Mapping[Point, nn.Module], split: Literal["held_out", "val"]) -> list[Measurement]:
         """Collective. Accuracy and cost at each point, each image decoded once."""
-        with self.feed.evaluation(
-            split, batch=self.experiment.batch.micro, rank=self.ranks.rank, ranks=self.ranks.count
-        ) as batches:
-            precision = Precision(self.experiment.precision, self.ranks.device)
-            return evaluate(self.recipe, nets, batches, precision=precision, ranks=self.ranks)
+        batch = self.experiment.batch.micro
+        rounds = -(-self.feed.evaluation_batches(split, batch) // self.ranks.count)
+        with self.feed.evaluation(split, batch=batch, rank=self.ranks.rank, ranks=self.ranks.count) as batches:
+            return evaluate(
+                self.recipe,
+                nets,
+                heeded(batches, rounds, self.ranks, self.interruption),
+                precision=Precision(self.experiment.precision, self.ranks.device),
+                ranks=self.ranks,
+            )
 
 
 def open_run(
@@ -179,12 +188,17 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: Path) ->
 
 
 @contextmanager
-def opened(path: Path, **options: Any) -> Iterator[Trained]:
-    """Collective. `open_run` over the ranks that were launched."""
+def opened(path: Path, ranks: Ranks, **options: Any) -> Iterator[Trained]:
+    """Collective. `open_run`; within it a signal stops all ranks together, between two batches.
+
+    Raises:
+        Interrupted: a signal came.
+    """
     try:
-        yield open_run(path, join(), **options)
-    finally:
-        leave()
+        with listening() as interruption:
+            yield dataclasses.replace(open_run(path, ranks, **options), interruption=interruption)
+    except Stopped:
+        raise Interrupted("Stopped on the way; what was measured before stands.") from None
 
 
 def write_spectrum(trained: Trained, lines: Sequence[Measurement], calibration: Calibration, split: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,26 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from pliant.data import Batch, Feed
-from pliant.engine import checkpoint
-from pliant.engine.agreement import Beat, Beats
+from pliant.engine.agreement import Beat, Beats, heeded
 from pliant.engine.backends import Backend, wrap
 from pliant.engine.batchnorm import RunningStatistics, flat, mean_over_ranks, running_buffers, twin, unflatten_
+from pliant.engine.diagnosis import Finding, watching
 from pliant.engine.evaluation import evaluate
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption, Stopped
 from pliant.engine.meter import Meter
-from pliant.engine.optimization import make_optimizer, set_learning, update
+from pliant.engine.optimization import Update, set_learning
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
+from pliant.engine.rehearsal import rehearse
+from pliant.engine.saving import Saver
 from pliant.engine.schedule import Schedule
-from pliant.engine.step import accumulate
+from pliant.engine.step import Losses, accumulate
 from pliant.engine.telemetry import Telemetry
+from pliant.engine.verification import verify
+from pliant.engine.watchdog import Watchdog
 from pliant.errors import Interrupted, UserError
 from pliant.experiment import Experiment
 from pliant.randomness import Draw
 from pliant.recipe import Recipe
 
 _MOST_SKIPPED = 20  # steps in a row with a gradient that is not finite, before the run gives up
+_REHEARSED = 3  # steps in which ranks are compared before ZeRO 3 takes their word for the rest
 
 
 @dataclass
@@ -61,11 +67,18 @@ class Trainer:
     precision: Precision
     telemetry: Telemetry
     interruption: Interruption
+    saver: Saver
+    watchdog: Watchdog
     micro_batches: Sequence[int]
     """Indices in the global batch of this rank's micro-batches."""
     ema: Any
     """timm's moving average of the network, or None."""
     state: State = field(default_factory=State)
+    backend: Backend = field(init=False)
+    """Of the stage that runs."""
+    running: RunningStatistics = field(init=False)
+    _verified: int = field(init=False, default=0)
+    _finding: Finding = field(init=False, default_factory=Finding)
 
     @property
     def recipe(self) -> Recipe:
@@ -86,43 +99,55 @@ class Trainer:
             self._stage(stage, restored if stage == first_stage else None)
 
     def _stage(self, stage: int, restored: dict[str, Any] | None) -> None:
+        config = self.experiment
         set_learning(self.net, self.schedule.stages[stage])
-        self.optimizer = make_optimizer(self.net, self.experiment.optimization)
-        backend = wrap(self.net, self.ranks, self.experiment.backend)
+        first = self.state.step - self.schedule.before(stage)
+        if config.backend == "zero3":
+            self._rehearse(stage, first)
+        self.backend = wrap(
+            self.net, self.ranks, config.backend, config.optimization, self.precision, config.deepspeed_config
+        )
         if restored is not None and restored["stage"] == stage:
-            self.optimizer.load_state_dict(restored["optimizer"])
+            self.backend.load_optimizer_state(restored["optimizer"])
         if restored is not None and self._validation_due:  # it was stopped in that validation
-            self._after_step(stage, stopping=False)
-        steps = range(self.state.step - self.schedule.before(stage), self.schedule.steps[stage])
+            self._after_step(stage, Beat())
+        steps = range(first, self.schedule.steps[stage])
         with self.feed.training(
             stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self.micro_batches
         ) as batches:
-            self._steps(stage, steps, batches, backend)
+            self._steps(stage, steps, batches)
+        self.net = self.backend.close()
 
-    def _steps(self, stage: int, steps: range, batches: Iterator[Batch], backend: Backend) -> None:
+    def _rehearse(self, stage: int, first: int) -> None:
+        """Collective. Refuses a recipe whose ranks run unlike layers, or run them in another order."""
+        steps = range(first, min(first + _REHEARSED, self.schedule.steps[stage]))
+        with self.feed.training(
+            stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self.micro_batches
+        ) as batches:
+            for step in steps:
+                rehearse(
+                    self.recipe,
+                    self.net,
+                    self.precision,
+                    self.ranks,
+                    [next(batches) for _ in self.micro_batches],
+                    self._draws(stage, step),
+                    self.schedule.progress(stage, step),
+                )
+
+    def _draws(self, stage: int, step: int) -> list[Draw]:
+        return [Draw(self.experiment.seed, stage, step, index) for index in self.micro_batches]
+
+    def _steps(self, stage: int, steps: range, batches: Iterator[Batch]) -> None:
         config = self.experiment
-        running = RunningStatistics(self.net)
+        self.running = RunningStatistics(self.net)
         meter = Meter(self.schedule, self.ranks, config.batch)
         beats = Beats(self.ranks)
         for step in steps:
-            draws = [Draw(config.seed, stage, step, index) for index in self.micro_batches]
-            losses = accumulate(
-                self.recipe,
-                self.net,
-                backend,
-                self.precision,
-                running,
-                meter.timed(batches, len(draws)),
-                draws,
-                self.schedule.progress(stage, step),
-                config.batch.micro_batches,
-            )
             lr = self.schedule.lr(stage, step)
-            done = update(self.optimizer, self.precision, lr=lr, clip=config.optimization.clip)
-            if self.ema is not None:
-                self.ema.update(self.net)
+            losses, done = self._step(stage, step, batches, meter, lr)
             self.state.step += 1
-            stopping = self._heed(beats.beat(done.nonfinite, self.interruption.asked))
+            beat = self._heed(beats.beat(done.nonfinite, stop=self.interruption.asked, save=self.saver.minutes_are_up))
             meter.add(losses)
             if self.state.step % config.log_steps == 0 or self.state.step == self.schedule.total:
                 window = meter.window(
@@ -131,28 +156,69 @@ class Trainer:
                 self.state.seconds += window.seconds
                 self.telemetry.window(window)
             meter.pause()
-            self._after_step(stage, stopping=stopping)
+            self._after_step(stage, beat)
+            if step == steps.start:
+                self.ranks.wait_at_most(config.timeout_minutes)
             meter.resume()
         self._heed(beats.last())
 
-    def _heed(self, beat: Beat) -> bool:
-        """Counts skipped steps; whether all ranks agree to stop."""
+    def _step(self, stage: int, step: int, batches: Iterator[Batch], meter: Meter, lr: float) -> tuple[Losses, Update]:
+        config, progress, draws = self.experiment, self.schedule.progress(stage, step), self._draws(stage, step)
+        self.watchdog.alive()
+        micro_batches: Any = meter.timed(batches, len(draws))
+        verifying = self._verified < config.verify_gradients
+        if verifying:
+            micro_batches = list(micro_batches)
+        # Where the run is about to be given up, the last steps say which layer is at fault.
+        close = self.state.skipped_in_a_row >= _MOST_SKIPPED - 3
+        with watching(self.net) if close else nullcontext(self._finding) as self._finding:
+            losses = accumulate(
+                self.recipe,
+                self.net,
+                self.backend,
+                self.running,
+                micro_batches,
+                draws,
+                progress,
+                config.batch.micro_batches,
+                meter.reducing,
+            )
+        if verifying:
+            self._verified += 1
+            verify(
+                self.recipe,
+                self.backend,
+                self.precision,
+                self.ranks,
+                micro_batches,
+                config.seed,
+                progress,
+                config.batch.micro_batches,
+            )
+        done = self.backend.update(lr)
+        if self.ema is not None:
+            self.ema.update(self.net)
+        return losses, done
+
+    def _heed(self, beat: Beat) -> Beat:
+        """Counts skipped steps, and gives up after too many in a row."""
         self.state.skipped += beat.nonfinite
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if beat.nonfinite else 0
         if self.state.skipped_in_a_row >= _MOST_SKIPPED:
             raise UserError(
-                f"The gradient was not finite in {_MOST_SKIPPED} steps in a row, up to step {self.state.step}: "
-                "write a smaller --optimization.lr, a --optimization.clip, or --precision fp32."
+                f"The gradient was not finite in {_MOST_SKIPPED} steps in a row, up to step {self.state.step}; "
+                f"{self._finding}. Write a smaller --optimization.lr, a --optimization.clip, or --precision fp32."
             )
-        return beat.stop
+        return beat
 
     @property
     def _validation_due(self) -> bool:
         due = self.schedule.due(self.state.step, self.experiment.evaluate_epochs)
         return due and self.state.step > 0 and self.state.evaluated != self.state.step
 
-    def _after_step(self, stage: int, *, stopping: bool) -> None:
+    def _after_step(self, stage: int, beat: Beat) -> None:
         """Validates and saves where that is due; leaves if asked to."""
+        stopping = beat.stop
         if self._validation_due and not stopping:
             try:
                 self._validate()
@@ -160,10 +226,11 @@ class Trainer:
                 stopping = True
         step, every = self.state.step, self.experiment.saving.every_steps
         due = step % every == 0 if every else self.schedule.due(step, 1.0)
-        due = due or (self.state.evaluated == step and self.state.score is not None)  # it may be the best
+        due = due or beat.save or (self.state.evaluated == step and self.state.score is not None)  # it may be the best
         last = step == self.schedule.total
         if due or last or stopping:
-            self._save(stage, must=last or stopping)
+            score = self.state.score if self.state.evaluated == step else None
+            self.saver.save(step, self._checkpoint(stage), score=score, must=last or stopping)
         if stopping:
             raise Interrupted(
                 f"Stopped after step {step} of {self.schedule.total}, with a checkpoint in {self.folder.path}."
@@ -179,31 +246,24 @@ class Trainer:
         split: Literal["held_out", "val"] = "val" if dataset.held_out is None else "held_out"
         points = self.recipe.tracked()
         if points and getattr(dataset, split) is not None:
-            net = self.evaluated_net()
-            with self.feed.evaluation(
-                split, batch=self.experiment.batch.micro, rank=self.ranks.rank, ranks=self.ranks.count
-            ) as batches:
+            net, batch = self.evaluated_net(), self.experiment.batch.micro
+            rounds = -(-self.feed.evaluation_batches(split, batch) // self.ranks.count)
+            with self.feed.evaluation(split, batch=batch, rank=self.ranks.rank, ranks=self.ranks.count) as batches:
                 lines = evaluate(
                     self.recipe,
                     dict.fromkeys(points, net),
-                    batches,
+                    heeded(batches, rounds, self.ranks, self.interruption),
                     precision=self.precision,
                     ranks=self.ranks,
-                    after_batch=self._stop_if_alone,
                 )
             # Choosing by the validation images would make them a training set: only held-out images give a score.
             self.state.score = self.recipe.score(lines) if split == "held_out" else None
             self.telemetry.measurements(split, self.state.step, lines)
         self.state.evaluated = self.state.step
 
-    def _stop_if_alone(self) -> None:
-        # Several ranks may run unlike numbers of batches: they agree at the next step instead.
-        if self.ranks.count == 1 and self.interruption.asked:
-            raise Stopped
-
     def evaluated_net(self) -> nn.Module:
         """Collective. A twin, of the averaged weights if there is an EMA, with the mean of the ranks' statistics."""
-        one = twin(self.net if self.ema is None else self.ema.module)
+        one = twin(self.backend.whole() if self.ema is None else self.ema.module)
         if self.ranks.count > 1:
             unflatten_(running_buffers(one), self._mean(self.ranks.rows(flat(running_buffers(one)))))
         return one
@@ -211,14 +271,14 @@ class Trainer:
     def _mean(self, rows: Tensor) -> Tensor:
         return mean_over_ranks(rows, self.experiment.batch.micro_batches)
 
-    def _save(self, stage: int, *, must: bool) -> None:
-        """Collective. Writes a checkpoint on rank 0; `must`: a failure ends the run."""
-        state = {
-            "net": self.net.state_dict(),
+    def _checkpoint(self, stage: int) -> dict[str, Any]:
+        """Collective. All that the run needs to go on from here."""
+        return {
+            "net": self.backend.whole().state_dict(),
             "rows": self.ranks.rows(flat(running_buffers(self.net))),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "ema_rows": None if self.ema is None else self.ranks.rows(flat(running_buffers(self.ema.module))),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.backend.optimizer_state(),
             "precision": self.precision.state(),
             "stage": stage,
             "state": dict(self.state.__dict__),
@@ -226,19 +286,6 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "loader": self.feed.loader,
         }
-        problem: str | None = None
-        if self.ranks.first:
-            folder, step, keep = self.folder.checkpoints, self.state.step, self.experiment.saving.keep
-            score = self.state.score if self.state.evaluated == step else None
-            try:
-                checkpoint.save(folder, step, state, score=score, keep=keep)
-            except OSError as error:
-                problem = f"checkpoint could be written to {folder} ({error.strerror}); earlier ones stand"
-        problem = self.ranks.from_first(problem)
-        if problem is not None and must:
-            raise UserError(f"No {problem}. Make room, then write --resume {self.folder.path}.")
-        if problem is not None:
-            self.telemetry.warn(f"no {problem}, and the run goes on.")
 
     def _restore(self, restored: dict[str, Any]) -> None:
         self.net.load_state_dict(restored["net"])

@@ -9,15 +9,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pliant.engine.backends.single import Single
+from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
+from pliant.experiment import Optimization
 from pliant.recipe import Pass
 
 
-class _NextPass(nn.Module):
-    """Runs the recipe's own code inside DDP's forward, which decides there whether this backward reduces.
+class NextPass(nn.Module):
+    """Runs the recipe's own code inside a wrapper's forward.
 
     So a recipe is handed the bare network, with all its methods, and may call it as often as it likes.
     """
@@ -30,23 +33,21 @@ class _NextPass(nn.Module):
         return next(passes, None)
 
 
-class DataParallel:
-    """Collective in its making: rank 0's parameters go to all."""
+class DataParallel(Single):
+    """Collective in its making: rank 0's parameters go to all. Every rank takes the same optimizer step."""
 
-    def __init__(self, net: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, net: nn.Module, ranks: Ranks, optimization: Optimization, precision: Precision) -> None:
+        super().__init__(net, optimization, precision)
         self.averaged = ranks.count
         with warnings.catch_warnings():
             # Torch 2.13 has a new name for it; both mean the same here, and 2.11 knows only this one.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._ddp = DistributedDataParallel(_NextPass(net), broadcast_buffers=False)
+            self._ddp = DistributedDataParallel(NextPass(net), broadcast_buffers=False)
 
     def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
-        """The next pass, or None."""
+        """The next pass, or None. DDP decides here whether its backward reduces."""
         # What DDP.no_sync() sets, for the backward as well as for this forward.
         self._ddp.require_backward_grad_sync = reduces
-        found: Pass | None = self._ddp(passes)
+        with self.precision.autocast():
+            found: Pass | None = self._ddp(passes)
         return found
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates its gradient; Collective if its forward said that it reduces."""
-        loss.backward()

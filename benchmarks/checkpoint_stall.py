@@ -1,0 +1,137 @@
+"""What saving in the background costs training, against saving while training waits.
+
+    python benchmarks/checkpoint_stall.py
+
+The state is 300 MB: the weights and momentum of a convolutional network. Turns of steps with one save at their start
+alternate with turns without, and after each pair one blocking save with the same guarantees (flushed, hashed, renamed)
+is timed. `stall_ratio` is the time that saves added to the turns over the time of as many blocking saves; the first
+save, which makes the copy's memory, is among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pliant.engine import checkpoint
+from pliant.engine.ranks import Ranks
+from pliant.engine.saving import Saver
+from pliant.experiment import Saving
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    steps: int = 50
+    """Steps of a turn."""
+    saves: int = 4
+    """Turns with a save, and as many without; 4 turns of 50 are 200 steps."""
+    rounds: int = 3
+    """How often all that is done; the median counts."""
+    threads: int = 2
+    folder: Path | None = None
+    """Where checkpoints are written; default: the system's temporary folder."""
+
+
+class Training:
+    """A network of 37 million weights, trained on noise: 300 MB with its momentum."""
+
+    def __init__(self) -> None:
+        widths = [3, 128, 512, 1024, 1024, 1536]
+        convolutions = [
+            layer
+            for before, after in itertools.pairwise(widths)
+            for layer in (nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+        ]
+        self.net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 1000))
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+        self.labels = torch.randint(1000, (8,))
+        self.step()
+
+    def step(self) -> None:
+        cross_entropy(self.net(self.images), self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """As the trainer's: nested, by name."""
+        momentum = {name: dict(self.optimizer.state[parameter]) for name, parameter in self.net.named_parameters()}
+        return {"net": self.net.state_dict(), "optimizer": momentum}
+
+
+def megabytes(state: dict[str, Any]) -> float:
+    """Of all tensors in it."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size() / 1e6
+    return sum(megabytes(value) for value in state.values()) if isinstance(state, dict) else 0.0
+
+
+def round_of(training: Training, saver: Saver, folder: Path, settings: Settings) -> tuple[float, float]:
+    """Seconds that the saves added, and seconds of as many blocking saves."""
+    taken = {True: 0.0, False: 0.0}
+    blocking = 0.0
+    for number in range(settings.saves):
+        for saving in (True, False) if number % 2 else (False, True):
+            started = time.perf_counter()
+            if saving:
+                saver.save(number, training.state(), score=None, must=False)
+            for _ in range(settings.steps):
+                training.step()
+            saver.settle()  # what is still to be written would slow later steps down
+            taken[saving] += time.perf_counter() - started
+        started = time.perf_counter()
+        checkpoint.save(folder / "blocking", number, training.state(), score=None, keep=2)
+        blocking += time.perf_counter() - started
+    return taken[True] - taken[False], blocking
+
+
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    training = Training()
+    size = megabytes(training.state())
+    rounds = []
+    with tempfile.TemporaryDirectory(dir=settings.folder) as name:
+        folder = Path(name)
+        for _ in range(settings.rounds):
+            with Saver(folder / "background", ALONE, Saving(), print) as saver:
+                extra, blocking = round_of(training, saver, folder, settings)
+            rounds.append((extra, blocking))
+            print(
+                f"{settings.saves} saves of {size:.0f} MB: {extra:.2f} s more for {settings.saves * settings.steps} "
+                f"steps; {blocking:.2f} s when training waits",
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {
+                "benchmark": "checkpoint_stall",
+                "stall_ratio": round(statistics.median(extra / blocking for extra, blocking in rounds), 4),
+                "extra_s": round(statistics.median(extra for extra, _ in rounds), 3),
+                "blocking_s": round(statistics.median(blocking for _, blocking in rounds), 3),
+                "megabytes": round(size),
+                "steps": settings.saves * settings.steps,
+                "saves": settings.saves,
+                "threads": settings.threads,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,322 @@
+"""DeepSpeed's ZeRO over several passes: called directly, with the configuration file that accelerate names.
+
+Tried over gloo, stage by stage (tests/test_truth_table.py). Stage 0 reduces in the anchored last backward, as DDP.
+Stages 1 and 2 reduce once, when `coalesce_grad_reduction` ends, and need the anchor too: their buckets fill in the
+order in which gradients come, which may differ per rank. Stage 3 gathers each layer's parameters from all ranks as the
+layer runs, so every rank has to run the same layers in the same order: engine/rehearsal.py measures that beforehand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.engine.backends.ddp import NextPass
+from pliant.engine.optimization import Update, make_optimizer, update
+from pliant.engine.precision import Precision
+from pliant.engine.ranks import Ranks
+from pliant.errors import UserError, optional_import
+from pliant.experiment import Optimization
+from pliant.recipe import Pass
+
+_TUNED = (
+    "zero_optimization",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "dump_state",
+    "steps_per_print",
+)
+"""What a user's configuration file may decide: how ZeRO communicates, and what DeepSpeed reports."""
+
+
+class Zero:
+    """Collective in its making. Gradients, optimizer state and, from stage 3 on, parameters are shared out."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        ranks: Ranks,
+        stage: int,
+        optimization: Optimization,
+        precision: Precision,
+        config: Path | None = None,
+    ) -> None:
+        if precision.name == "fp64":
+            raise UserError("DeepSpeed has no fp64: write --precision fp32, or --backend ddp.")
+        self.net, self.stage, self.precision = net, stage, precision
+        self.averaged, self.anchored = ranks.count, stage < 3
+        self._clip = optimization.clip
+        self._plain = copy.deepcopy(net)
+        self.optimizer = make_optimizer(net, optimization)
+        options = options_for(stage, optimization.clip, config)
+        with _quiet():
+            deepspeed = _deepspeed(ranks)
+            self._module = NextLoss(net)
+            self._engine, *_ = deepspeed.initialize(model=self._module, optimizer=self.optimizer, config=options)
+        self._deepspeed = deepspeed
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """From stage 1 on, the gradient is reduced as it ends."""
+        if self.stage == 0:
+            yield
+            return
+        if self.precision.name == "fp16":
+            self._engine.optimizer.override_loss_scale(self.precision.scale)
+        with self._engine.coalesce_grad_reduction():
+            yield
+
+    def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
+        """The next pass, or None."""
+        self._reduces = reduces
+        with self._held(), self.precision.autocast():
+            self._engine(passes)
+        return self._module.take()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates its gradient."""
+        with self._held():
+            self._engine.backward(self.precision.scaled(loss) if self.stage == 0 else loss)
+
+    def _held(self) -> AbstractContextManager[Any]:
+        """Stage 0 reduces in every backward unless it is told not to."""
+        if self.stage == 0 and not self._reduces:
+            held: AbstractContextManager[Any] = self._engine.no_sync()
+            return held
+        return contextlib.nullcontext()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Collective. Put together from the ranks' shares."""
+        safe_get_full_grad = self._deepspeed.utils.safe_get_full_grad
+
+        scale = self.precision.scale
+        found = {name: safe_get_full_grad(parameter) for name, parameter in self._learning().items()}
+        return {name: gradient / scale for name, gradient in found.items() if gradient is not None}
+
+    def update(self, lr: float) -> Update:
+        """Collective. From stage 1 on each rank updates its share, and DeepSpeed clips and leaves out by the norm."""
+        if self.stage == 0:
+            return update(self.optimizer, self.precision, lr=lr, clip=self._clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        device = next(self._plain.parameters()).device
+        nonfinite = torch.tensor(float(self._engine.optimizer.overflow), device=device)
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+        self.precision.observe(nonfinite)
+        return Update(norm, nonfinite)
+
+    def whole(self) -> nn.Module:
+        """Collective. Stage 3's parameters are put together in a copy; those of the others are whole."""
+        return self._copied() if self.stage == 3 else self.net
+
+    def _copied(self) -> nn.Module:
+        """Collective."""
+        with self._gathered(), torch.no_grad():
+            for parameter, whole in zip(self._plain.parameters(), self.net.parameters(), strict=True):
+                parameter.copy_(whole)
+            for buffer, own in zip(self._plain.buffers(), self.net.buffers(), strict=True):
+                buffer.copy_(own)
+        return self._plain
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Collective. Put together by parameter, so that any number of ranks, or another backend, can go on."""
+        safe_get_full_optimizer_state = self._deepspeed.utils.safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return {name: dict(self.optimizer.state.get(one, {})) for name, one in self._learning().items()}
+        keys, single = self._state_keys()
+        return {
+            name: {key: safe_get_full_optimizer_state(one, key) for key in keys} | single
+            for name, one in self._learning().items()
+        }
+
+    def _state_keys(self) -> tuple[list[str], dict[str, Any]]:
+        """Names of the values held by element, and the values held once."""
+        for shard in self._shards():
+            state = self.optimizer.state.get(shard, {})
+            by_element = [
+                key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shard.shape
+            ]
+            return by_element, {key: value for key, value in state.items() if key not in by_element}
+        return [], {}
+
+    def _shards(self) -> list[Tensor]:
+        zero = self._engine.optimizer
+        shards: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return shards
+
+    def load_optimizer_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Each rank keeps its share."""
+        safe_set_full_optimizer_state = self._deepspeed.utils.safe_set_full_optimizer_state
+
+        learning = self._learning()
+        if self.stage == 0:
+            for name, one in learning.items():
+                self.optimizer.state[one].update(copy.deepcopy(state.get(name, {})))
+            return
+        name, first = next(iter(state.items()), ("", {}))
+        if not first:  # no step was taken yet
+            return
+        by_element = _by_element(first, getattr(learning[name], "ds_shape", learning[name].shape))
+        for shard in self._shards():
+            own = {key: torch.zeros_like(shard) for key in by_element}
+            self.optimizer.state[shard].update(own, **{k: v for k, v in first.items() if k not in by_element})
+        if self.stage < 3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, one in learning.items():
+            for key in by_element:
+                safe_set_full_optimizer_state(one, state[name][key].to(one.device), key)
+
+    def close(self) -> nn.Module:
+        """Collective. A copy, free of DeepSpeed's hooks and flattened memory."""
+        plain = self._copied()
+        self._engine.destroy()
+        return plain
+
+    def _gathered(self) -> AbstractContextManager[Any]:
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(list(self.net.parameters()))
+        return gathered
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.net.named_parameters() if parameter.requires_grad}
+
+
+def _by_element(state: dict[str, Any], shape: torch.Size) -> list[str]:
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
+
+
+class NextLoss(NextPass):
+    """Gives DeepSpeed's hooks a tensor to hold on to, and keeps the pass itself aside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self._found: Pass | None = None
+
+    def forward(self, passes: Iterator[Pass]) -> Tensor | None:  # type: ignore[override]
+        self._found = super().forward(passes)
+        return None if self._found is None else self._found.loss
+
+    def take(self) -> Pass | None:
+        """The pass that the last forward found; it is not kept."""
+        found, self._found = self._found, None
+        return found
+
+
+def options_for(stage: int, clip: float | None, config: Path | None) -> dict[str, Any]:
+    """DeepSpeed's configuration: how it communicates by the user's file, all else by the experiment.
+
+    Raises:
+        UserError: the file cannot be read, or decides what the experiment decides.
+    """
+    given: dict[str, Any] = {} if config is None else read_config(config)
+    zero = dict(given.get("zero_optimization", {}))
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") not in ("none", None):
+            raise UserError(
+                f"{config} moves state to the {zero[name]['device']} ({name}), which is not offered: take it out."
+            )
+    if stage == 3:
+        zero.setdefault("stage3_param_persistence_threshold", 0)
+    fixed = {
+        "train_micro_batch_size_per_gpu": 1,  # only a count of ours: DeepSpeed never sees a batch
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip or 0.0,  # left out, DeepSpeed clips to 1
+        "zero_optimization": {**_settled(zero), "stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    _refuse_contradictions(given, clip, config)
+    return {key: value for key, value in given.items() if key in _TUNED} | fixed
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration file.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"DeepSpeed's configuration {path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise UserError(f"DeepSpeed's configuration {path} is no JSON: {error}.") from None
+    return found
+
+
+def _settled(zero: dict[str, Any]) -> dict[str, Any]:
+    """Without what is left to others to decide: then DeepSpeed's defaults hold."""
+    return {key: value for key, value in zero.items() if value != "auto" and not key.startswith("offload_")}
+
+
+def _refuse_contradictions(given: dict[str, Any], clip: float | None, config: Path | None) -> None:
+    said = given.get("gradient_clipping", "auto")
+    if said not in ("auto", clip or 0.0):
+        raise UserError(
+            f"{config} clips gradients to {said} and the run to {clip}: write --optimization.clip {said}, or "
+            '"gradient_clipping": "auto" in the file.'
+        )
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if given.get(name, "auto") != "auto":
+            raise UserError(f"{config} sets {name}: take it out; --batch.images and --batch.micro decide.")
+    for name, instead in {
+        "optimizer": "the recipe's optimization settings decide",
+        "scheduler": "the recipe's optimization settings decide",
+        "fp16": "write --precision fp16",
+        "bf16": "write --precision bf16",
+        "amp": "write --precision bf16",
+    }.items():
+        section = given.get(name, {})
+        if isinstance(section, dict) and section and section.get("enabled", True) not in (False, "auto"):
+            raise UserError(f"{config} has a section {name!r}: take it out; {instead}.")
+
+
+def _deepspeed(ranks: Ranks) -> Any:
+    """Collective. The module, joined to the process group that there is."""
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # which launchers set; alone there is one
+    deepspeed: Any = optional_import("deepspeed", extra="deepspeed", purpose="A ZeRO backend")
+    ops = optional_import("deepspeed.ops", extra="deepspeed", purpose="A ZeRO backend")
+    # Only inference uses this op, but starting would compile it: a minute, and a compiler.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if ranks.count == 1 and not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        kind = "nccl" if ranks.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(kind, store=store, rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed logs dozens of lines as it starts; errors still come through."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
