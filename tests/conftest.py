@@ -7,6 +7,8 @@ import os
 # Before torch starts its threads, as pliant.cli does for a user.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}: name their folder in PLIANT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all of CIFAR-10 in its binary layout."""
+    root = tmp_path_factory.mktemp("cifar10")
+    unpack = shared_data / "unpack_cifar10.py"
+    subprocess.run([sys.executable, str(unpack), str(root), "--bin"], check=True, capture_output=True)
+    return root
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ class Data:
     """Colour jitter: brightness, contrast and saturation are each multiplied by 1 ± this (image folders)."""
     lighting: float = 0.0
     """Standard deviation of the PCA lighting noise, in units of AlexNet's eigenvalues (image folders)."""
+    statistics: Literal["dataset", "imagenet"] = "dataset"
+    """Mean and deviation that colours are normalised by: of the dataset, or ImageNet's, for weights trained so."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
     held_out: int = 0
@@ -108,12 +110,18 @@ class Batching:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """Stochastic gradient descent and its schedule."""
+    """The optimizer and its schedule."""
 
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Stochastic gradient descent with momentum, or Adam, whose decays are 0.9 and 0.999."""
     lr: float = 0.5
     """Learning rate at its peak, for the whole global batch."""
+    floor: float = 0.0
+    """Share of the peak that the schedule ends at, in [0, 1)."""
     momentum: float = 0.9
+    """Of SGD."""
     nesterov: bool = True
+    """Of SGD."""
     weight_decay: float = 1e-4
     decay: Literal["kernels", "all"] = "kernels"
     """kernels: as the authors of US-Nets, only dense convolutions and linear weights decay, neither batch
@@ -125,15 +133,17 @@ class Optimization:
     epochs: float = 250.0
     """Length of the run in passes over the training images, all stages together."""
     steps: int | None = None
-    """Length of the run in steps, instead of epochs."""
+    """Length of the run in steps, instead of epochs; 0 keeps the weights that a run begins with."""
     clip: float | None = None
     """Largest norm of the gradient; a larger one is scaled down to it. Default: no clipping."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, evaluated in their place; default: none."""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"A run of {self.steps} steps trains nothing: write --optimization.steps 1 or more.")
+        if self.steps is not None and self.steps < 0:
+            raise UserError(f"A run of {self.steps} steps cannot be: write --optimization.steps 0 or more.")
+        if not 0.0 <= self.floor < 1.0:
+            raise UserError(f"A share of the peak lies in [0, 1), not {self.floor:g}: write --optimization.floor 0.")
         if self.epochs <= 0:
             raise UserError(f"A run of {self.epochs:g} epochs trains nothing: write a number above 0.")
         if self.lr <= 0:

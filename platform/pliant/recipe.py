@@ -133,6 +133,20 @@ class Widths(Point):
         return "/".join(map(_decimal, self.ratios)) + "x"
 
 
+@dataclass(frozen=True, order=True)
+class Scale(Point):
+    """The share of blocks that a user wants to run, URNet's S."""
+
+    wanted: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.wanted <= 1.0:
+            raise UserError(f"A scale lies in [0, 1], not {self.wanted:g}: write for instance S0.6.")
+
+    def __str__(self) -> str:
+        return f"S{_decimal(self.wanted)}"
+
+
 def _decimal(ratio: float) -> str:
     """Four digits where they say all; else as many as it takes, as a point's text names its statistics too."""
     short = f"{ratio:.4g}"
@@ -140,7 +154,7 @@ def _decimal(ratio: float) -> str:
 
 
 def parse_point(text: str) -> Point:
-    """The point that `str(point)` wrote: "0.35x" or "0.35", "1/0.5/0.5x", "native".
+    """The point that `str(point)` wrote: "0.35x" or "0.35", "1/0.5/0.5x", "S0.6", "native".
 
     Raises:
         UserError: the text is none of these.
@@ -149,11 +163,13 @@ def parse_point(text: str) -> Point:
     if plain == "native":
         return Native()
     try:
+        if plain.startswith("S"):
+            return Scale(float(plain[1:]))
         ratios = tuple(float(part) for part in plain.split("/"))
     except ValueError:
         raise UserError(
             f"{text!r} is not a point: write a width such as 0.35, a width for each group of layers such as "
-            "1/0.5/0.5, or native."
+            "1/0.5/0.5, a scale such as S0.6, or native."
         ) from None
     return Width(ratios[0]) if len(ratios) == 1 else Widths(ratios)
 
@@ -187,6 +203,10 @@ class Measurement:
     """Mean multiply-accumulates per image, where counted."""
     parameters: int | None = None
     """Elements of the weights that the point uses, where counted."""
+    macs_sd: float | None = None
+    """Standard deviation of the multiply-accumulates over images; None where all images cost the same."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """The method's own (Recipe.figures)."""
 
 
 class Recipe(ABC):
@@ -195,6 +215,14 @@ class Recipe(ABC):
     @abstractmethod
     def build(self, classes: int) -> nn.Module:
         """The network, initialised from torch's global generator. Several networks: one module that holds them."""
+
+    def start(self, net: nn.Module) -> None:  # noqa: B027 - most methods begin with what `build` drew
+        """Before the first step of a new run, on every rank: loads weights that it begins with. A run that goes on, and
+        a trained one that is asked for a point, load their own instead.
+
+        Raises:
+            UserError: they cannot be loaded.
+        """
 
     def stages(self) -> tuple[Stage, ...]:
         """The schedule's parts, in order; by default one in which everything learns."""
@@ -229,6 +257,14 @@ class Recipe(ABC):
     @abstractmethod
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         """The network's answer at `point` to `images`, normalised, (B, 3, H, W)."""
+
+    def calibrates(self, point: Point) -> bool:
+        """Whether batch norm needs statistics of its own at `point`, measured after training."""
+        return not isinstance(point, Native)
+
+    def figures(self, marks: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """More columns of a spectrum, from the marks of all images at one point, one row per image."""
+        return {}
 
     def parameters_at(self, net: nn.Module, point: Point) -> int:
         """Elements of the weights in use at `point`."""

@@ -83,7 +83,8 @@ class Feed:
         self.loader = _loader_name(dataset.train, data)
         """What decodes: dali, torchvision or resident."""
         self._order = Order(images, seed, data.tail)
-        self._finish = Finish(CIFAR10 if data.source == "cifar10" else IMAGENET, self.device)
+        own = CIFAR10 if data.source == "cifar10" and data.statistics == "dataset" else IMAGENET
+        self._finish = Finish(own, self.device)
         self._loaders: dict[SplitName, Loader] = {}
         self._loader_of("train")  # what is not installed is missed now
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from pliant.engine.precision import Precision
 from pliant.errors import UserError
@@ -49,16 +50,19 @@ def decays(parameter: nn.Parameter, rule: Literal["kernels", "all"]) -> bool:
     return parameter.ndim == 4 and parameter.shape[1] != 1
 
 
-def make_optimizer(net: nn.Module, config: Optimization) -> torch.optim.SGD:
-    """SGD over what learns, in two groups, with and without decay. Fused: a step is one call, and can be left out on
-    the device without the host waiting to know."""
+def make_optimizer(net: nn.Module, config: Optimization) -> Optimizer:
+    """Over what learns, in two groups, with and without decay. Fused: a step is one call, and can be left out on the
+    device without the host waiting to know."""
     learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in learning if decays(p, config.decay)], "weight_decay": config.weight_decay},
         {"params": [p for p in learning if not decays(p, config.decay)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,
@@ -66,19 +70,22 @@ def make_optimizer(net: nn.Module, config: Optimization) -> torch.optim.SGD:
     )
 
 
-def learning_rate(step: int, steps: int, warmup: int, schedule: Literal["linear", "cosine", "constant"]) -> float:
+def learning_rate(
+    step: int, steps: int, warmup: int, schedule: Literal["linear", "cosine", "constant"], floor: float = 0.0
+) -> float:
     """Factor on the peak learning rate for a step of a stage, in [0, 1].
 
     Args:
         step: steps done in the stage, from 0.
         steps: steps of the stage in all.
         warmup: of these, steps that climb linearly to the peak.
-        schedule: what follows, from 1 towards 0, which it would reach at `steps`.
+        schedule: what follows, from 1 towards `floor`, which it would reach at `steps`.
     """
     if step < warmup:
         return (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return {"linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share)), "constant": 1.0}[schedule]
+    fall = {"linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share)), "constant": 1.0}[schedule]
+    return floor + (1.0 - floor) * fall
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Update:
     """1.0 if the gradient was not finite and the step was left out, else 0.0; a scalar."""
 
 
-def update(optimizer: torch.optim.SGD, precision: Precision, *, lr: float, clip: float | None) -> Update:
+def update(optimizer: Optimizer, precision: Precision, *, lr: float, clip: float | None) -> Update:
     """Clips the reduced gradient, steps, and clears it. Nothing here waits for the device.
 
     A gradient that is not finite is so on every rank, since it is the reduced one: the step is left out on all.

@@ -53,7 +53,7 @@ class Schedule:
         """The learning rate of a step."""
         config = self.optimization
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
-        factor = learning_rate(step, self.steps[stage], warmup, config.schedule)
+        factor = learning_rate(step, self.steps[stage], warmup, config.schedule, config.floor)
         return config.lr * self.stages[stage].learning_rate * factor
 
     def due(self, step: int, epochs: float) -> bool:
@@ -79,9 +79,9 @@ def make_schedule(stages: Sequence[Stage], config: Optimization, steps_per_epoch
         ends.append(round(share * total))
     steps = tuple(end - start for start, end in pairwise(ends))
     for stage, count in zip(stages, steps, strict=True):
-        if count < 1:
+        if count < 1 and total > 0:
             raise UserError(f"Stage {stage.name} has no step in a run of {total}: write more --optimization.epochs.")
-        if config.warmup_epochs * steps_per_epoch >= count:
+        if config.warmup_epochs * steps_per_epoch >= count > 0:
             raise UserError(
                 f"A warm-up of {config.warmup_epochs:g} epochs fills all {count} steps of stage {stage.name}: write a "
                 "shorter --optimization.warmup-epochs."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from pliant.errors import UserError
 from pliant.experiment import Experiment, differences, rule_on_resume
 from pliant.randomness import philox
 
+T = TypeVar("T")
+
 
 def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None) -> RunFolder:
     """Collective. Trains, or goes on training; the folder of the run.
@@ -48,9 +51,13 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     graphs = graphs_to_compile(experiment)
     feed = make_feed(experiment, ranks)
     schedule = make_schedule(experiment.recipe.stages(), experiment.optimization, feed.steps_per_epoch)
-    run, found, notes = _choose(experiment, ranks, recipe_file)
+    run, found, notes = _agreed(ranks, lambda: _found(experiment))
     restored = None if found is None else found.load()
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
+    if found is None:
+        experiment.recipe.start(net)
+    if run is None:
+        run = _agreed(ranks, lambda: folder.create(experiment, recipe_file))
     with (
         Telemetry(run, first=ranks.first, step=0 if found is None else found.step) as telemetry,
         Saver(run.checkpoints, ranks, experiment.saving, telemetry.warn) as saver,
@@ -111,32 +118,28 @@ def _dtype(experiment: Experiment) -> torch.dtype:
     return torch.float64 if experiment.precision == "fp64" else torch.float32
 
 
-def _choose(
-    experiment: Experiment, ranks: Ranks, recipe_file: Path | None
-) -> tuple[RunFolder, checkpoint.Checkpoint | None, list[str]]:
-    """Collective. The run to go on with and its newest whole checkpoint, or a new run; and what to warn of."""
+def _agreed(ranks: Ranks, decide: Callable[[], T]) -> T:
+    """Collective. What rank 0 decides, or the refusal that it meets, on every rank."""
     answer: Any = None
     if ranks.first:
         try:
-            answer = _choose_alone(experiment, recipe_file)
+            answer = decide()
         except UserError as error:
             answer = error
     answer = ranks.from_first(answer)
     if isinstance(answer, UserError):
         raise answer
-    run: RunFolder
-    run, found, notes = answer
-    return run, found, notes
+    decided: T = answer
+    return decided
 
 
-def _choose_alone(
-    experiment: Experiment, recipe_file: Path | None
-) -> tuple[RunFolder, checkpoint.Checkpoint | None, list[str]]:
+def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpoint | None, list[str]]:
+    """The run to go on with, if any, and its newest whole checkpoint; and what to warn of."""
     if experiment.resume is None:
-        return folder.create(experiment, recipe_file), None, []
+        return None, None, []
     run = folder.newest(experiment) if experiment.resume == "auto" else RunFolder(Path(experiment.resume))
     if run is None:
-        return folder.create(experiment, recipe_file), None, []
+        return None, None, []
     changed = differences(record.load(run.path), experiment)
     fixed = [name for name in changed if rule_on_resume(name) == "fixed"]
     if fixed:

@@ -34,7 +34,7 @@ from pliant.engine.ranks import Ranks
 from pliant.engine.session import build_net, make_feed
 from pliant.errors import Interrupted, UserError
 from pliant.experiment import Calibration, Data, Experiment
-from pliant.recipe import Measurement, Native, Point, Recipe
+from pliant.recipe import Measurement, Point, Recipe
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Trained:
 
     def at(self, points: Sequence[Point], calibration: Calibration) -> dict[Point, nn.Module]:
         """Collective. The network at each point, with post-statistics measured now or kept from before."""
-        if list(points) == [Native()]:
-            return {Native(): twin(self.net)}
-        kept = {point: self._kept(point, calibration) for point in points}
+        as_trained = {point: twin(self.net) for point in points if not self.recipe.calibrates(point)}
+        kept = {point: self._kept(point, calibration) for point in points if point not in as_trained}
         missing = [point for point, statistics in kept.items() if statistics is None]
         if missing:
             kept |= self._calibrate(missing, calibration)
-        return {point: impose(self.net, statistics or {}) for point, statistics in kept.items()}
+        calibrated = {point: impose(self.net, statistics or {}) for point, statistics in kept.items()}
+        return {point: as_trained.get(point) or calibrated[point] for point in points}
 
     def _calibrate(
         self, points: Sequence[Point], calibration: Calibration

@@ -116,6 +116,8 @@ class Trainer:
             stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self.micro_batches
         ) as batches:
             self._steps(stage, steps, batches)
+        if self.schedule.total == 0:
+            self._after_step(stage, Beat())
         self.net = self.backend.close()
 
     def _rehearse(self, stage: int, first: int) -> None:

@@ -1,0 +1,280 @@
+"""BlockDrop (Wu et al., CVPR 2018, arXiv 1711.08393): a small network looks at the image and says which blocks to run.
+
+It learns by policy gradient on a frozen residual network, from the last blocks to the first, and then together with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from pliant.errors import UserError
+from pliant.methods.depth import GatedRecipe
+from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
+from pliant.networks.gated import GatedNet
+from pliant.networks.gates import Ask, GatePerBlock, Gates, Policy, PooledGate, open_at_start
+from pliant.networks.resnet import Decide, ResidualNet, ResNet
+from pliant.randomness import Draw
+from pliant.recipe import Batch, Pass, Progress, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDrop(GatedRecipe):
+    """Algorithm 1: curriculum, then joint fine-tuning."""
+
+    decide: Literal["once", "block by block"] = "once"
+    """once: a policy network, ahead of all blocks. block by block: from each block's averaged input, the sequential
+    variant of Table 2."""
+    gamma: float = 1.0
+    """Penalty of a wrong answer in the curriculum (Eq. 3): 1 in the authors' code; the paper prints none."""
+    joint_gamma: float = 5.0
+    """The same in joint fine-tuning: 5 in the authors' code, 10 for ResNet-110."""
+    alpha: float = 0.8
+    """Bound on the sampled probabilities, in (0.5, 1): they stay in [1 - alpha, alpha]."""
+    baseline: Literal["greedy", "none"] = "greedy"
+    """greedy: the reward of the likeliest policy is taken off (Eq. 6)."""
+    curriculum: bool = True
+    """Let the last blocks be decided first, and one more from time to time (section 3.3)."""
+    grow: float = 0.5
+    """Share of the curriculum stage after which all blocks are decided: K epochs in the paper."""
+    entropy: float = 0.0
+    """Weight of an entropy bonus in the curriculum; 0.1 in the authors' code, absent from the paper."""
+    curriculum_share: float = 0.7
+    """Share of the run with the residual network frozen: 5,000 of 7,000 epochs."""
+    joint_rate: float = 1.0
+    """Factor on the learning rate in joint fine-tuning: 0.1 on ImageNet."""
+    open_rate: float | None = None
+    """Share of blocks open at the start, in (0, 1); default: undecided."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.5 < self.alpha < 1.0:
+            raise UserError(
+                f"An alpha of {self.alpha:g} leaves no exploration: write --recipe.alpha in (0.5, 1), for instance 0.8."
+            )
+        if not 0.0 < self.curriculum_share < 1.0:
+            raise UserError(
+                f"With a --recipe.curriculum-share of {self.curriculum_share:g} a stage trains nothing: write one in "
+                "(0, 1)."
+            )
+        if not 0.0 < self.grow <= 1.0:
+            raise UserError(f"A share of the stage lies in (0, 1]: write --recipe.grow so, not {self.grow:g}.")
+
+    def build(self, classes: int) -> nn.Module:
+        backbone = self.network.build(classes)
+        gates = self._gates(backbone)
+        if self.open_rate is not None:
+            open_at_start(gates, self.open_rate)
+        return GatedNet(backbone, gates)
+
+    def _gates(self, backbone: ResidualNet) -> Gates:
+        if self.decide == "block by block":
+            return GatePerBlock([PooledGate(block.inputs) for block in backbone.blocks()], 0)
+        if self.network.form == "imagenet":
+            return Policy(ResNet(form="imagenet", depth=10), self.network.number_of_blocks, pool=2)
+        return Policy(ResNet(depth=8, shortcut="pool"), self.network.number_of_blocks)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(name="curriculum", learns=("gates",), share=self.curriculum_share),
+            Stage(name="joint", share=1.0 - self.curriculum_share, learning_rate=self.joint_rate),
+        )
+
+    def passes(self, progress: Progress) -> int:
+        return 1
+
+    def decided(self, progress: Progress) -> int:
+        """t: how many of the last blocks the policy decides; the others run (Algorithm 1, line 7)."""
+        blocks = self.network.number_of_blocks
+        if not self.curriculum or progress.stage > 0:
+            return blocks
+        return min(blocks, 1 + int(progress.stage_share / self.grow * blocks))
+
+    def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
+        gated = cast(GatedNet, net)
+        generator = draw.generator(batch.images.device, "policy")
+        if progress.stage == 0:
+            yield self._curriculum(gated, batch, generator, self.decided(progress))
+        else:
+            yield self._joint(gated, batch, generator)
+
+    def _curriculum(self, net: GatedNet, batch: Batch, generator: torch.Generator, decided: int) -> Pass:
+        """The policy alone learns. What runs for all images runs once, for both roll-outs."""
+        first = net.number_of_blocks - decided
+        backbone = net.backbone
+        with torch.no_grad():
+            shared = backbone.walk(backbone.stem(batch.images), range(first), None, None)
+        rest = range(first, net.number_of_blocks)
+
+        def roll_out(decide: Decide) -> Tensor:
+            with torch.no_grad():
+                x = backbone.walk(shared, rest, decide, self.masked())
+                answer: Tensor = backbone.fc(backbone.embed(x))
+            return answer
+
+        ask = net.gates.begin(batch.images, None)
+        probabilities: list[Tensor] = []
+        actions: list[Tensor] = []
+
+        def sampled(number: int, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                bound = bounded(ask(number, x).float().sigmoid(), self.alpha)
+            probabilities.append(bound)
+            actions.append(sample(bound, generator))
+            return actions[-1]
+
+        logits = roll_out(sampled)
+        reward = self.reward(logits, batch.labels, torch.stack(actions, 1), first, self.gamma)
+        advantage = reward - self._greedy_reward(ask, batch.labels, roll_out, first, self.gamma)
+        probability = torch.stack(probabilities, 1)
+        loss = policy_loss(log_probability(probability, torch.stack(actions, 1)), advantage)
+        if self.entropy:
+            loss = loss - self.entropy * entropy(probability).sum(1).mean()
+        return Pass("policy", loss, self._metrics(reward, advantage, torch.stack(actions, 1), first))
+
+    def _greedy_reward(
+        self, ask: Ask, labels: Tensor, roll_out: Callable[[Decide], Tensor], always: int, gamma: float
+    ) -> Tensor:
+        """R of the likeliest policy, (B,); 0 without a baseline."""
+        if self.baseline == "none":
+            return torch.zeros(len(labels), device=labels.device)
+        opened: list[Tensor] = []
+
+        def greedy(number: int, x: Tensor) -> Tensor:
+            opened.append((ask(number, x) >= 0).float())
+            return opened[-1]
+
+        with torch.no_grad():
+            logits = roll_out(greedy)
+            return self.reward(logits, labels, torch.stack(opened, 1), always, gamma)
+
+    def _joint(self, net: GatedNet, batch: Batch, generator: torch.Generator) -> Pass:
+        """Policy and residual network learn together, on the sampled blocks."""
+        probabilities: list[Tensor] = []
+
+        def sampled(number: int, logits: Tensor) -> Tensor:
+            bound = bounded(logits.sigmoid(), self.alpha)
+            probabilities.append(bound)
+            return sample(bound, generator)
+
+        walk = net(batch.images, sampled, self.masked())
+        supervised = cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing)
+        reward = self.reward(walk.logits.detach(), batch.labels, walk.open, 0, self.joint_gamma)
+        # The baseline normalises as the sampled pass does, but leaves the running statistics alone.
+        buffers = {name: buffer.clone() for name, buffer in net.backbone.named_buffers()}
+
+        def roll_out(decide: Decide) -> Tensor:
+            answer: Tensor = functional_call(net.backbone, buffers, (batch.images, decide, self.masked()))
+            return answer
+
+        said = walk.gate_logits.detach()
+        again = net.gates.begin(batch.images, None) if self.decide == "block by block" else None
+        ask: Ask = again or (lambda number, x: said[:, number])
+        advantage = reward - self._greedy_reward(ask, batch.labels, roll_out, 0, self.joint_gamma)
+        likely = log_probability(torch.stack(probabilities, 1), walk.open)
+        loss = supervised + policy_loss(likely, advantage)
+        metrics = {"cross_entropy": supervised.detach()} | self._metrics(reward, advantage, walk.open, 0)
+        return Pass("joint", loss, metrics)
+
+    def reward(self, logits: Tensor, labels: Tensor, opened: Tensor, always: int, gamma: float) -> Tensor:
+        """Eq. 3, (B,): 1 - (|u| / K)^2 for a right answer, -gamma for a wrong one.
+
+        Args:
+            logits: (B, K).
+            labels: (B,).
+            opened: (B, N'), of the decided blocks.
+            always: blocks that run besides.
+            gamma: penalty.
+        """
+        used = (opened.sum(1) + always) / self.network.number_of_blocks
+        right = logits.argmax(1) == labels
+        return torch.where(right, 1.0 - used.square(), torch.full_like(used, -gamma))
+
+    @staticmethod
+    def _metrics(reward: Tensor, advantage: Tensor, opened: Tensor, always: int) -> dict[str, Tensor]:
+        return {
+            "reward": reward.mean(),
+            "advantage_sd": advantage.std(unbiased=False),
+            "blocks": opened.sum(1).mean() + always,
+        }
+
+
+Rule = Literal["first", "random", "distribute", "given"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedBlocks(GatedRecipe):
+    """Baselines of Table 1: K blocks that no image has a say in; a run of no steps evaluates without fine-tuning."""
+
+    rule: Rule = "first"
+    """first: the first K. random: K drawn once, from the run's seed. distribute: evenly over the groups, each group's
+    first. given: those that `blocks` lists."""
+    keep: int = 10
+    """K."""
+    blocks: tuple[int, ...] = ()
+    """Numbers of the blocks kept, from 0, for the rule given."""
+    draw: int = 0
+    """Which random choice."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = self.network.number_of_blocks
+        if self.rule != "given" and not 0 <= self.keep <= number:
+            raise UserError(f"Of {number} blocks {self.keep} cannot be kept: write --recipe.keep from 0 to {number}.")
+        if any(not 0 <= block < number for block in self.blocks):
+            raise UserError(
+                f"This policy is for another number of blocks: write --recipe.blocks from 0 to {number - 1}."
+            )
+
+    def kept(self) -> tuple[int, ...]:
+        """The numbers of the blocks that run, in order."""
+        number = self.network.number_of_blocks
+        if self.rule == "given":
+            return tuple(sorted(self.blocks))
+        if self.rule == "first":
+            return tuple(range(self.keep))
+        if self.rule == "random":
+            order = torch.randperm(number, generator=torch.Generator().manual_seed(self.draw))
+            return tuple(sorted(order[: self.keep].tolist()))
+        return distributed(self.network.blocks_of_groups, self.keep)
+
+    def build(self, classes: int) -> nn.Module:
+        backbone = self.network.build(classes)
+        return GatedNet(backbone, Always(self.kept(), self.network.number_of_blocks))
+
+    def passes(self, progress: Progress) -> int:
+        return 1
+
+    def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
+        walk = cast(GatedNet, net)(batch.images, lambda number, logits: (logits >= 0).float(), self.masked())
+        yield Pass("kept", cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing))
+
+
+def distributed(groups: Sequence[int], keep: int) -> tuple[int, ...]:
+    """Numbers of `keep` blocks spread over groups of these sizes, as evenly as they allow; each group's first ones."""
+    counts = [0] * len(groups)
+    for _ in range(keep):
+        open_groups = [index for index, size in enumerate(groups) if counts[index] < size]
+        counts[min(open_groups, key=lambda index: counts[index])] += 1
+    starts = [sum(groups[:index]) for index in range(len(groups))]
+    return tuple(start + index for start, count in zip(starts, counts, strict=True) for index in range(count))
+
+
+class Always(Gates):
+    """The same answer for every image."""
+
+    def __init__(self, kept: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.answer = [1.0 if number in kept else -1.0 for number in range(blocks)]
+
+    def begin(self, images: Tensor, scale: float | None) -> Callable[[int, Tensor], Tensor]:
+        return lambda number, x: x.new_full((len(x),), self.answer[number])
+
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        return (0,) * len(self.answer)

@@ -1,0 +1,140 @@
+"""What the methods on depth have in common: a residual network whose blocks run or not, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pliant.errors import UserError
+from pliant.networks.execution import Closed, Execution, runner
+from pliant.networks.gated import GatedNet, Walk, threshold
+from pliant.networks.resnet import ResidualNet, ResNet, Run
+from pliant.randomness import Draw
+from pliant.recipe import Batch, Native, Outcome, Pass, Point, Progress, Recipe, Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualRecipe(Recipe):
+    """A method on a residual network, which may begin with trained weights."""
+
+    network: ResNet = field(default_factory=ResNet)
+    pretrained: Path | None = None
+    """A .safetensors file with the backbone's weights, to begin with; default: they are drawn."""
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            self.network.check()
+        except ValueError as error:
+            raise UserError(f"--recipe.network: {error}") from None
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(
+                f"Label smoothing lies in [0, 1): write --recipe.label-smoothing so, not {self.label_smoothing:g}."
+            )
+
+    def start(self, net: nn.Module) -> None:
+        if self.pretrained is not None:
+            load_backbone(self.backbone(net), self.pretrained)
+
+    def backbone(self, net: nn.Module) -> ResidualNet:
+        """The residual network in `net`."""
+        return cast(ResidualNet, getattr(net, "backbone", net))
+
+    def calibrates(self, point: Point) -> bool:
+        return False
+
+
+def load_backbone(backbone: ResidualNet, path: Path) -> None:
+    """Loads weights by torchvision's names; `linear` counts as `fc`, and batch norm's step counts may be missing.
+
+    Raises:
+        UserError: the file cannot be read, or they are of another network; the sentence names the first difference.
+    """
+    try:
+        found = {name.replace("linear.", "fc."): tensor for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"No weights can be read from {path} ({error}): write another --recipe.pretrained.") from None
+    there = backbone.state_dict()
+    wanted = {name for name in there if not name.endswith("num_batches_tracked")}
+    for name in sorted(wanted | {name for name in found if name in there or not name.endswith("num_batches_tracked")}):
+        mine = tuple(there[name].shape) if name in there else "missing"
+        theirs = tuple(found[name].shape) if name in found else "missing"
+        if mine != theirs:
+            raise UserError(
+                f"{path} holds the weights of another network: {name} is {theirs} there and {mine} in a ResNet-"
+                f"{backbone.spec.depth} with {backbone.classes} classes. Write the --recipe.network.depth it was "
+                "trained with."
+            )
+    backbone.load_state_dict(found, strict=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(ResidualRecipe):
+    """The residual network itself, all blocks for all images: what the methods on depth begin with."""
+
+    def build(self, classes: int) -> nn.Module:
+        return self.network.build(classes)
+
+    def passes(self, progress: Progress) -> int:
+        return 1
+
+    def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
+        loss = cross_entropy(net(batch.images), batch.labels, label_smoothing=self.label_smoothing)
+        yield Pass("all blocks", loss)
+
+    def points(self) -> tuple[Point, ...]:
+        return (Native(),)
+
+    def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
+        return Outcome(net(images))
+
+    def graphs(self) -> int | str:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedRecipe(ResidualRecipe):
+    """A method whose network is a `GatedNet`, asked by thresholding its gates."""
+
+    execution: Execution = "masked"
+    """How a trained network skips. masked: every block runs and is multiplied by its gate. grouped: a block runs on the
+    images that keep it; the same answers, sooner. Training is always masked."""
+
+    @property
+    def closed(self) -> Closed:
+        """What is left of a closed block."""
+        return "inside"
+
+    def masked(self) -> Run:
+        """How training carries decisions out."""
+        return runner("masked", self.closed)
+
+    def points(self) -> tuple[Point, ...]:
+        return (Native(),)
+
+    def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
+        gated = cast(GatedNet, net)
+        scale = point.wanted if isinstance(point, Scale) else None
+        walk: Walk = gated(images, threshold, runner(self.execution, self.closed), scale)
+        return self.outcome(gated, images, walk)
+
+    def outcome(self, net: GatedNet, images: Tensor, walk: Walk) -> Outcome:
+        """With what each image cost, and which blocks it ran."""
+        return Outcome(walk.logits, net.macs(walk.open, images.shape[-1]), {"open": walk.open})
+
+    def figures(self, marks: Mapping[str, Tensor]) -> Mapping[str, float]:
+        opened = marks["open"].double()
+        blocks = opened.sum(1)
+        return {
+            "blocks": blocks.mean().item(),
+            "blocks_sd": blocks.std(unbiased=False).item(),
+            "policies": float(len(torch.unique(opened.round(), dim=0))),
+        }

@@ -1,0 +1,225 @@
+"""What decides, image by image, which blocks of a residual network run.
+
+Gates answer with a logit per image: the block is open with probability sigmoid(logit). `begin` looks at a batch once
+and gives back `ask`, which answers block by block: what a gate remembers along the depth lives in one forward only.
+
+Shapes: B images, C channels, H W pixels, N blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pliant.networks.resnet import ResidualNet, ResNet, cost
+
+Ask = Callable[[int, Tensor], Tensor]
+"""From a block's number and input (B, C, H, W) to logits (B,)."""
+GateKind = Literal["ff1", "ff2", "rnn", "pooled"]
+_HIDDEN = 10  # of SkipNet's recurrent gate, both its input and its state
+
+
+class Gates(nn.Module):
+    """Gates of all blocks of one network."""
+
+    @abstractmethod
+    def begin(self, images: Tensor, scale: float | None) -> Ask:
+        """What answers for the blocks of this batch, images (B, 3, H, W); `scale` in [0, 1] is the user's wish."""
+
+    @abstractmethod
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        """Multiply-accumulates of each block's gate, (N,), on images of `side` x `side` pixels; what is computed once
+        for all blocks counts with the first."""
+
+
+class GatePerBlock(Gates):
+    """A gate of its own for each block from `first` on, which looks at the block's input alone."""
+
+    def __init__(self, gates: list[nn.Module], first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.gates = nn.ModuleList(gates)
+
+    def begin(self, images: Tensor, scale: float | None) -> Ask:
+        def ask(number: int, x: Tensor) -> Tensor:
+            answer: Tensor = self.gates[number - self.first](x, scale)
+            return answer
+
+        return ask
+
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        sides = _input_sides(backbone, side)
+        own = [gate.macs(sides[self.first + index]) for index, gate in enumerate(self.gates)]  # type: ignore[operator]
+        return (*(0 for _ in range(self.first)), *own)
+
+
+class ConvGate(nn.Module):
+    """SkipNet's FFGate-I and FFGate-II (Fig. 3a, 3b): 15.6 % and 12.5 % of a basic block's cost."""
+
+    def __init__(self, channels: int, *, pooled: bool) -> None:
+        """`pooled`: FFGate-I, max pooling and two convolutions; else FFGate-II, one with stride 2."""
+        super().__init__()
+        self.pooled = pooled
+        strides = (1, 2) if pooled else (2,)
+        layers: list[nn.Module] = [nn.MaxPool2d(2)] if pooled else []
+        for stride in strides:
+            layers += [nn.Conv2d(channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels, 2)
+
+    def forward(self, x: Tensor, scale: float | None) -> Tensor:
+        """(B, C, H, W) to (B,): the difference of the two classes' logits, as their softmax has it."""
+        both: Tensor = self.fc(self.layers(x).mean((2, 3)))
+        return both[:, 1] - both[:, 0]
+
+    def macs(self, side: int) -> int:
+        """For an input of `side` x `side` pixels."""
+        channels = self.fc.in_features
+        kernel = 9 * channels * channels
+        half = -(-side // 2) if not self.pooled else side // 2
+        pixels = half**2 if not self.pooled else half**2 + (-(-half // 2)) ** 2
+        return kernel * pixels + 2 * channels
+
+
+class PooledGate(nn.Module):
+    """A gate without convolutions: averages, and a linear layer (SkipNet section 3.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor, scale: float | None) -> Tensor:
+        """(B, C, H, W) to (B,)."""
+        answer: Tensor = self.fc(x.mean((2, 3)))
+        return answer[:, 0]
+
+    def macs(self, side: int) -> int:
+        """The same for any input."""
+        return self.fc.in_features
+
+
+class RecurrentGates(Gates):
+    """SkipNet's RNNGate (Fig. 3c): averages, a projection for each block, one LSTM along the depth, one answer."""
+
+    def __init__(self, channels: list[int], first: int) -> None:
+        """`channels`: of each gated block's input, from block `first` on."""
+        super().__init__()
+        self.first = first
+        self.project = nn.ModuleList(nn.Linear(count, _HIDDEN) for count in channels)
+        self.lstm = nn.LSTMCell(_HIDDEN, _HIDDEN)
+        self.fc = nn.Linear(_HIDDEN, 1)
+
+    def begin(self, images: Tensor, scale: float | None) -> Ask:
+        state: tuple[Tensor, Tensor] | None = None
+
+        def ask(number: int, x: Tensor) -> Tensor:
+            nonlocal state
+            state = self.lstm(self.project[number - self.first](x.mean((2, 3))), state)
+            answer: Tensor = self.fc(state[0])
+            return answer[:, 0]
+
+        return ask
+
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        shared = 4 * 2 * _HIDDEN * _HIDDEN + _HIDDEN
+        own = [layer.in_features * _HIDDEN + shared for layer in self.project]  # type: ignore[operator]
+        return (*(0 for _ in range(self.first)), *own)  # type: ignore[arg-type]
+
+
+class ConditionalGate(nn.Module):
+    """URNet's conditional gating module (Fig. 3): averages and the scale side by side, reduced, to one answer.
+
+    The reduction r is that of SENet: 2C values to C / r, ReLU, to 1; 0.04 % of ResNet-110 with r = 2.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.reduce = nn.Linear(2 * channels, hidden)
+        self.fc = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, scale: float | None) -> Tensor:
+        """(B, C, H, W) to (B,)."""
+        pooled = x.mean((2, 3))
+        wish = pooled.new_full(pooled.shape, 1.0 if scale is None else scale)
+        answer: Tensor = self.fc(F.relu(self.reduce(torch.cat([pooled, wish], 1))))
+        return answer[:, 0]
+
+    def macs(self, side: int) -> int:
+        """The same for any input."""
+        return self.reduce.weight.numel() + self.fc.weight.numel()
+
+
+class Policy(Gates):
+    """A network of its own that looks at the image and decides all blocks at once (BlockDrop section 3.2).
+
+    With `scaled`, the user's scale is one more feature (URNet's external network).
+    """
+
+    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False) -> None:
+        """`pool`: the image is averaged over so many pixels a side first: 2 gives ImageNet's 112 x 112."""
+        super().__init__()
+        self.pool, self.scaled = pool, scaled
+        self.net = spec.build(1)
+        self.net.fc = nn.Linear(self.net.features + scaled, blocks)
+
+    def logits(self, images: Tensor, scale: float | None = None) -> Tensor:
+        """Images (B, 3, H, W) to (B, N)."""
+        small = F.avg_pool2d(images, self.pool) if self.pool > 1 else images
+        x = self.net.walk(self.net.stem(small), range(self.net.spec.number_of_blocks), None, None)
+        features = self.net.embed(x)
+        if self.scaled:
+            wish = features.new_full((len(features), 1), 1.0 if scale is None else scale)
+            features = torch.cat([features, wish], 1)
+        answer: Tensor = self.net.fc(features)
+        return answer
+
+    def begin(self, images: Tensor, scale: float | None) -> Ask:
+        logits = self.logits(images, scale)
+        return lambda number, x: logits[:, number]
+
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        once = cost(self.net, side // self.pool).total
+        return (once, *(0 for _ in range(self.net.fc.out_features - 1)))
+
+
+def make_gates(kind: GateKind, backbone: ResidualNet, first: int) -> Gates:
+    """SkipNet's gates, for all blocks from `first` on."""
+    channels = [block.inputs for block in backbone.blocks()][first:]
+    if kind == "rnn":
+        return RecurrentGates(channels, first)
+    if kind == "pooled":
+        return GatePerBlock([PooledGate(count) for count in channels], first)
+    return GatePerBlock([ConvGate(count, pooled=kind == "ff1") for count in channels], first)
+
+
+@torch.no_grad()
+def open_at_start(gates: Gates, rate: float) -> None:
+    """Sets the last biases so that a gate that knows nothing yet is open at this rate, in (0, 1)."""
+    logit = math.log(rate / (1 - rate))
+    for name, module in gates.named_modules():
+        if name.split(".")[-1] == "fc" and isinstance(module, nn.Linear):
+            module.weight.mul_(0.1)
+            module.bias.fill_(logit)
+            if isinstance(_parent(gates, name), ConvGate):
+                module.bias.copy_(torch.tensor([-logit / 2, logit / 2]))
+
+
+def _parent(root: nn.Module, name: str) -> nn.Module:
+    return root.get_submodule(name.rpartition(".")[0])
+
+
+def _input_sides(backbone: ResidualNet, side: int) -> list[int]:
+    """Pixels a side of each block's input."""
+    now = side if backbone.spec.form == "cifar" else side // 4
+    sides = []
+    for block in backbone.blocks():
+        sides.append(now)
+        now //= block.stride
+    return sides

@@ -1,0 +1,379 @@
+"""SkipNet, BlockDrop and URNet: the algebra of their iterations, on networks small enough to check by hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pliant.engine.optimization import set_learning
+from pliant.errors import UserError
+from pliant.methods.blockdrop import BlockDrop, FixedBlocks, distributed
+from pliant.methods.skipnet import SkipNet, straight_through
+from pliant.methods.urnet import URNet
+from pliant.networks.execution import runner
+from pliant.networks.gated import threshold
+from pliant.networks.resnet import ResNet, cost
+from pliant.randomness import Draw
+from pliant.recipe import Batch, Native, Pass, Progress, Recipe, Scale, Width, parse_point
+
+SMALL = ResNet(depth=14)
+IMAGES = 6
+
+
+def batch(seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(IMAGES, 3, 16, 16, generator=generator)
+    return SimpleNamespace(images=images, labels=torch.randint(5, (IMAGES,), generator=generator))
+
+
+def at(stage: int, share: float = 0.0, recipe: Recipe | None = None) -> Progress:
+    return Progress(stage=stage, step=int(1000 * share), steps=1000, epoch=0, run_share=0.0)
+
+
+def built(recipe: Recipe, stage: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    net = recipe.build(5)
+    set_learning(net, recipe.stages()[stage])
+    return net
+
+
+def only(passes: Iterator[Pass]) -> Pass:
+    (one,) = list(passes)
+    return one
+
+
+ALL = [
+    SkipNet(network=SMALL),
+    SkipNet(network=SMALL, learning="soft", gate="pooled"),
+    SkipNet(network=SMALL, learning="rl", gate="ff2"),
+    SkipNet(network=SMALL, learning="sdv"),
+    SkipNet(network=SMALL, learning="hrl", costs="macs", gate="ff1"),
+    BlockDrop(network=SMALL),
+    BlockDrop(network=SMALL, decide="block by block", baseline="none", entropy=0.1),
+    URNet(network=SMALL),
+    URNet(network=SMALL, variant="external"),
+    URNet(network=SMALL, variant="random"),
+    URNet(network=SMALL, variant="attention"),
+    URNet(network=SMALL, variant="random_test"),
+    URNet(network=SMALL, fixed=0.6),
+    FixedBlocks(network=SMALL, rule="distribute", keep=4),
+]
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: type(recipe).__name__)
+def test_every_stage_yields_its_passes_and_every_point_an_answer(recipe: Any) -> None:
+    for stage, described in enumerate(recipe.stages()):
+        net = built(recipe, stage)
+        passes = list(recipe.iteration(net, batch(), Draw(0, stage, 3, 0), at(stage)))
+        assert len(passes) == recipe.passes(at(stage))
+        passes[0].loss.backward()
+        learns = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
+        assert learns
+        assert all(name.startswith(described.learns) for name in learns)
+    net.eval()
+    for point in recipe.points():
+        assert parse_point(str(point)) == point
+        assert recipe.admits(point) is None
+        with torch.no_grad():
+            outcome = recipe.predict(net, batch().images, point)
+            again = recipe.predict(net, batch().images, point)
+        assert torch.equal(outcome.logits, again.logits), "a random baseline measures the same twice"
+        assert outcome.macs.shape == (IMAGES,)
+        assert outcome.marks["open"].shape == (IMAGES, SMALL.number_of_blocks)
+        assert set(outcome.marks["open"].unique().tolist()) <= {0.0, 1.0}
+        figures = recipe.figures(outcome.marks)
+        assert figures["blocks"] == pytest.approx(outcome.marks["open"].sum(1).mean().item())
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: type(recipe).__name__)
+def test_same_draw_gives_the_same_iteration_and_another_one_another(recipe: Any) -> None:
+    for stage in range(len(recipe.stages())):
+        losses = []
+        for step in (3, 3, 4):
+            net = built(recipe, stage)
+            torch.rand(step)
+            losses.append(only(recipe.iteration(net, batch(), Draw(0, stage, step, 0), at(stage))).loss.item())
+        assert losses[0] == losses[1]
+
+
+def test_grouped_execution_answers_as_masked() -> None:
+    for recipe in (SkipNet(network=SMALL), BlockDrop(network=SMALL), URNet(network=SMALL)):
+        net = built(recipe).eval()
+        point = recipe.points()[-1]
+        with torch.no_grad():
+            masked = recipe.predict(net, batch().images, point)
+            grouped = dataclasses.replace(recipe, execution="grouped").predict(net, batch().images.clone(), point)
+        torch.testing.assert_close(grouped.logits, masked.logits, atol=1e-5, rtol=1e-4)
+        assert torch.equal(grouped.marks["open"], masked.marks["open"])
+
+
+# --- SkipNet
+
+
+def test_straight_through_is_hard_forward_and_soft_backward() -> None:
+    """Eq. 7."""
+    logits = torch.tensor([-2.0, 0.0, 0.3], requires_grad=True)
+    gate = straight_through(1, logits)
+    assert gate.tolist() == [0.0, 1.0, 1.0]
+    gate.sum().backward()
+    soft = logits.detach().sigmoid()
+    torch.testing.assert_close(logits.grad, soft * (1 - soft))
+
+
+def test_first_block_of_a_skipnet_always_runs() -> None:
+    recipe = SkipNet(network=SMALL, open_rate=0.01)
+    net = built(recipe).eval()
+    with torch.no_grad():
+        outcome = recipe.predict(net, batch().images, Native())
+    assert outcome.marks["open"][:, 0].tolist() == [1.0] * IMAGES
+    assert outcome.marks["open"][:, 1:].sum() == 0
+    backbone = cost(net.backbone, 16)
+    gates = sum(net.gates.macs(net.backbone, 16))
+    assert outcome.macs.tolist() == [backbone.always + backbone.residual[0] + gates] * IMAGES
+
+
+def test_skipnet_s_gradient_is_eq_6() -> None:
+    """Against the formula written out, decision by decision and image by image."""
+    recipe = SkipNet(network=SMALL, learning="hrl", alpha=0.7, beta=0.9, rl_weight=0.5, gate="pooled")
+    net = built(recipe)
+    reference = copy.deepcopy(net)
+    draw = Draw(0, 0, 5, 0)
+    only(recipe.iteration(net, batch(), draw, at(0))).loss.backward()
+    generator = draw.generator(purpose="gates")
+    walk = reference(
+        batch().images,
+        lambda number, z: torch.bernoulli(z.detach().sigmoid(), generator=generator),
+        runner("masked", "around"),
+    )
+    losses = cross_entropy(walk.logits, batch().labels, reduction="none")
+    gates = walk.gate_logits.shape[1]
+    total = losses.mean()
+    for image in range(IMAGES):
+        for gate in range(gates):
+            action, p = walk.open[image, gate + 1], walk.gate_logits[image, gate].sigmoid()
+            later = sum((1 - walk.open[image, other + 1]) for other in range(gate, gates))
+            r = -(0.9 * losses[image].detach() - 0.7 / gates * later)
+            total = total - 0.5 * (p if action == 1 else 1 - p).log() * r.detach() / IMAGES
+    total.backward()
+    for (name, mine), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_costs_of_blocks_have_mean_1() -> None:
+    recipe = SkipNet(network=SMALL, costs="macs")
+    costs = recipe._costs(built(recipe), 16, torch.zeros(1, 5))
+    assert costs.shape == (1, 5)
+    assert costs.mean().item() == pytest.approx(1.0)
+    assert costs[0, 1] < costs[0, 2], "a block that halves the resolution is cheaper than the next one"
+
+
+# --- BlockDrop
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_reward_is_eq_3(gamma: float) -> None:
+    recipe = BlockDrop(network=SMALL)
+    logits = torch.eye(5)[:3]
+    opened = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    got = recipe.reward(logits, torch.tensor([0, 0, 2]), opened, 4, gamma)
+    torch.testing.assert_close(got, torch.tensor([1 - (5 / 6) ** 2, -gamma, 1 - (4 / 6) ** 2]))
+
+
+def test_curriculum_grows_from_the_last_block() -> None:
+    recipe = BlockDrop(network=SMALL, grow=0.5)
+    decided = [recipe.decided(at(0, share)) for share in (0.0, 0.1, 0.25, 0.49, 0.5, 0.9)]
+    assert decided == [1, 2, 4, 6, 6, 6]
+    assert recipe.decided(at(1, 0.0)) == 6
+    assert BlockDrop(network=SMALL, curriculum=False).decided(at(0, 0.0)) == 6
+
+
+def test_curriculum_s_gradient_is_eq_6_and_its_network_stays() -> None:
+    recipe = BlockDrop(network=SMALL, grow=0.5, alpha=0.8, gamma=2.0)
+    net = built(recipe)
+    before = copy.deepcopy(net.backbone.state_dict())
+    reference = copy.deepcopy(net)
+    images = batch().images
+    with torch.no_grad():
+        labels = reference.backbone(images).argmax(1)  # with all blocks it is right: dropping some may be wrong
+    ours = SimpleNamespace(images=images, labels=labels)
+    draw, progress = Draw(0, 0, 7, 0), at(0, 0.25)  # the last four of six blocks are decided
+    one = only(recipe.iteration(net, ours, draw, progress))
+    one.loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
+
+    s = reference.gates.logits(images).sigmoid()[:, 2:]
+    bound = 0.8 * s + 0.2 * (1 - s)
+    generator = draw.generator(purpose="policy")
+    u = torch.stack([torch.bernoulli(bound[:, k].detach(), generator=generator) for k in range(4)], 1)
+
+    def answer(actions: Tensor) -> Tensor:
+        gates = torch.cat([torch.ones(IMAGES, 2), actions], 1)
+        with torch.no_grad():
+            return reference.backbone(images, lambda number, x: gates[:, number], runner("masked", "inside"))
+
+    def reward(actions: Tensor) -> Tensor:
+        right = answer(actions).argmax(1) == labels
+        return torch.where(right, 1 - ((actions.sum(1) + 2) / 6) ** 2, torch.tensor(-2.0))
+
+    advantage = reward(u) - reward((s >= 0.5).float())
+    likely = (bound * u + (1 - bound) * (1 - u)).log().sum(1)
+    (-(likely * advantage).mean()).backward()
+    for mine, theirs in zip(net.gates.parameters(), reference.gates.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+    assert advantage.abs().sum() > 0
+
+
+def test_baseline_of_joint_fine_tuning_leaves_running_statistics_alone() -> None:
+    """They move once, by the sampled pass."""
+    recipe = BlockDrop(network=SMALL)
+    net = built(recipe, stage=1)
+    reference = copy.deepcopy(net)
+    draw = Draw(0, 1, 2, 0)
+    only(recipe.iteration(net, batch(), draw, at(1)))
+    only(dataclasses.replace(recipe, baseline="none").iteration(reference, batch(), draw, at(1)))
+    for (name, mine), theirs in zip(net.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("groups", "keep", "kept"),
+    [((5, 5, 5), 10, (0, 1, 2, 3, 5, 6, 7, 10, 11, 12)), ((3, 4, 2), 8, (0, 1, 2, 3, 4, 5, 7, 8)), ((2, 2), 0, ())],
+)
+def test_distribute_k_spreads_blocks_over_groups(groups: tuple[int, ...], keep: int, kept: tuple[int, ...]) -> None:
+    assert distributed(groups, keep) == kept
+
+
+def test_fixed_blocks_run_alone() -> None:
+    for recipe, kept in (
+        (FixedBlocks(network=SMALL, rule="first", keep=2), (0, 1)),
+        (FixedBlocks(network=SMALL, rule="given", blocks=(5, 2)), (2, 5)),
+    ):
+        assert recipe.kept() == kept
+        with torch.no_grad():
+            outcome = recipe.predict(built(recipe).eval(), batch().images, Native())
+        assert outcome.marks["open"].sum(0).nonzero()[:, 0].tolist() == list(kept)
+    draws = {FixedBlocks(network=SMALL, rule="random", keep=3, draw=draw).kept() for draw in range(20)}
+    assert len(draws) > 5
+    assert all(len(kept) == 3 for kept in draws)
+
+
+# --- URNet
+
+
+def test_scale_loss_is_eq_4_per_image() -> None:
+    opened = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    recipe = URNet(network=SMALL)
+    assert recipe.scale_loss(opened, 0.5).item() == pytest.approx(0.25**2)
+    assert dataclasses.replace(recipe, per_image=False).scale_loss(opened, 0.5).item() == 0.0
+
+
+def test_gates_are_sigmoids_with_probability_p_for_the_whole_batch() -> None:
+    recipe = URNet(network=SMALL, p=0.3)
+    logits = torch.tensor([-1.0, 0.5, 2.0])
+    soft = 0
+    for step in range(200):
+        act = recipe._act(Draw(0, 0, step, 0), 0.5, batch().images)
+        other = recipe._act(Draw(0, 0, step, 1), 0.5, batch().images)
+        for number in range(SMALL.number_of_blocks):
+            gate = act(number, logits)
+            assert torch.equal(gate, other(number, logits)), "all micro-batches of a step alike"
+            is_soft = torch.equal(gate, logits.sigmoid())
+            assert is_soft or gate.tolist() == [0.0, 1.0, 1.0]
+            soft += is_soft
+    assert soft / (200 * SMALL.number_of_blocks) == pytest.approx(0.3, abs=0.04)
+
+
+def test_scale_is_drawn_between_its_bounds_once_per_step() -> None:
+    recipe = URNet(network=SMALL, smallest=0.2, largest=0.9)
+    scales = [recipe.scale(Draw(0, 0, step, 0), at(0)) for step in range(300)]
+    assert 0.2 <= min(scales) < 0.25
+    assert 0.85 < max(scales) <= 0.9
+    assert recipe.scale(Draw(0, 0, 5, 0), at(0)) == recipe.scale(Draw(0, 0, 5, 3), at(0))
+
+
+def test_fixed_scale_is_annealed_with_noise() -> None:
+    recipe = URNet(network=SMALL, fixed=0.5, anneal=0.1, noise=0.0)
+    assert recipe.scale(Draw(0, 0, 0, 0), at(0, 0.0)) == 1.0
+    assert recipe.scale(Draw(0, 0, 0, 0), at(0, 0.05)) == pytest.approx(0.75)
+    assert recipe.scale(Draw(0, 0, 0, 0), at(0, 0.5)) == pytest.approx(0.5)
+    noisy = dataclasses.replace(recipe, noise=0.1)
+    scales = torch.tensor([noisy.scale(Draw(0, 0, step, 0), at(0, 0.5)) for step in range(400)])
+    assert scales.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert scales.std().item() == pytest.approx(0.1, abs=0.02)
+    assert scales.max() <= 1.0
+
+
+def test_gates_heed_the_scale_from_the_start() -> None:
+    """A scale that reached only a wide layer unweighed would have no effect (methods notes 6.4)."""
+    recipe = URNet(network=ResNet(depth=32))
+    net = built(recipe).eval()
+    with torch.no_grad():
+        said = [net(batch().images, threshold, runner("masked", "inside"), scale).gate_logits for scale in (0.2, 1.0)]
+    assert (said[0] - said[1]).abs().mean() > 0.02
+
+
+def test_gates_alone_learn_first_over_a_network_that_stays() -> None:
+    recipe = URNet(network=SMALL, p=1.0)
+    net = built(recipe)
+    before = copy.deepcopy(net.backbone.state_dict())
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        only(recipe.iteration(net, batch(), Draw(0, 0, step, 0), at(0))).loss.backward()
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
+    assert not net.backbone.training
+
+
+def test_open_gates_give_the_backbone_s_answer() -> None:
+    """A gate comes before the shortcut's addition, so an open network is the pretrained one."""
+    for recipe in (URNet(network=SMALL), SkipNet(network=SMALL), BlockDrop(network=SMALL)):
+        net = built(recipe).eval()
+        with torch.no_grad():
+            walk = net(batch().images, lambda number, z: torch.ones_like(z), recipe.masked(), 1.0)
+            torch.testing.assert_close(walk.logits, net.backbone(batch().images))
+
+
+def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
+    recipe = URNet(network=ResNet(depth=110))
+    net = recipe.build(10)
+    share = sum(net.gates.macs(net.backbone, 32)) / cost(net.backbone, 32).total
+    assert share == pytest.approx(0.0004, rel=0.1)
+    imagenet = URNet(network=ResNet(form="imagenet", depth=101), reduction=16)
+    large = imagenet.build(10)
+    assert sum(large.gates.macs(large.backbone, 224)) / cost(large.backbone, 224).total < 0.001
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: SkipNet(network=ResNet(depth=33)), "depth 6n . 2, not 33"),
+        (lambda: SkipNet(network=SMALL, sp_share=1.0), "trains nothing"),
+        (lambda: BlockDrop(network=SMALL, alpha=1.0), "leaves no exploration"),
+        (lambda: BlockDrop(network=SMALL, alpha=0.5), "leaves no exploration"),
+        (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),
+        (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),
+        (lambda: URNet(network=SMALL, smallest=0.5, largest=0.4), "Scales lie in"),
+        (lambda: URNet(network=SMALL, fixed=1.5), "A scale lies in"),
+        (lambda: FixedBlocks(network=SMALL, rule="given", blocks=(6,)), "another number of blocks"),
+        (lambda: FixedBlocks(network=SMALL, keep=7), "Of 6 blocks 7 cannot be kept"),
+        (lambda: Scale(1.1), "A scale lies in"),
+        (lambda: parse_point("S-1"), "A scale lies in"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make()
+
+
+def test_width_is_no_point_of_a_urnet() -> None:
+    assert "write S and a share" in URNet(network=SMALL).admits(Width(0.5))
+    assert URNet(network=SMALL).admits(Scale(0.33)) is None

@@ -1,0 +1,116 @@
+"""The policy gradient against the exact one of a problem small enough to be enumerated."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, returns_to_go, sample
+
+N = 3
+
+
+def reward(actions: Tensor) -> Tensor:
+    """Of each image's actions (B, 3), (B,); not linear in them, and unlike for the two images."""
+    a, b, c = actions.T
+    own = torch.tensor([1.0, -0.5])[: len(actions)]
+    return own * (2 * a * b - c) + 0.7 * (1 - a) * c + 0.1
+
+
+def exact_gradient(logits: Tensor) -> Tensor:
+    """d E[R] / d logits, over all eight action sequences, averaged over images."""
+    logits = logits.clone().requires_grad_()
+    expected = torch.zeros(len(logits))
+    for actions in itertools.product((0.0, 1.0), repeat=N):
+        taken = torch.tensor(actions).expand(len(logits), N)
+        chance = log_probability(logits.sigmoid(), taken).sum(1).exp()
+        expected = expected + chance * reward(taken)
+    expected.mean().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def estimated_gradient(logits: Tensor, baseline: Tensor, draws: int, *, to_go: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    many = logits.repeat(draws, 1).requires_grad_()
+    actions = sample(many.sigmoid(), generator)
+    gained = torch.stack([reward(part) for part in actions.split(len(logits))]).flatten() - baseline.repeat(draws)
+    returns = returns_to_go(torch.zeros_like(actions), gained) if to_go else gained
+    policy_loss(log_probability(many.sigmoid(), actions), returns).backward()
+    assert many.grad is not None
+    return -many.grad.reshape(draws, *logits.shape).sum(0)
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.8])
+@pytest.mark.parametrize("to_go", [False, True])
+def test_estimate_comes_to_the_exact_gradient(baseline: float, to_go: bool) -> None:
+    """Whatever the baseline; image by image: mixing their rewards up would show."""
+    logits = torch.tensor([[0.3, -0.7, 0.1], [1.2, 0.4, -0.9]])
+    got = estimated_gradient(logits, torch.full((2,), baseline), 400_000, to_go=to_go)
+    torch.testing.assert_close(got, exact_gradient(logits), atol=4e-3, rtol=0)
+
+
+def test_self_critical_baseline_lowers_the_variance() -> None:
+    """The reward of the likeliest actions, taken off: what all actions gain alike says nothing."""
+    logits = torch.full((1, N), 2.0)
+    greedy = reward((logits >= 0).float()) + 5
+    generator = torch.Generator().manual_seed(0)
+    actions = sample(logits.repeat(20_000, 1).sigmoid(), generator)
+    gained = torch.stack([reward(one) for one in actions.split(1)]).flatten() + 5
+    score = actions - logits.sigmoid()
+    with_baseline = (score * (gained - greedy)[:, None]).var(0).sum()
+    without = (score * gained[:, None]).var(0).sum()
+    assert with_baseline < without
+
+
+def test_rewards_to_come_are_each_action_s_own_and_all_later_ones() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [0.0, 1.0, 0.0]])
+    assert torch.equal(returns_to_go(rewards), torch.tensor([[7.0, 6.0, 4.0], [1.0, 1.0, 0.0]]))
+    last = torch.tensor([10.0, -1.0])
+    assert torch.equal(returns_to_go(rewards, last), torch.tensor([[17.0, 16.0, 14.0], [0.0, 0.0, -1.0]]))
+
+
+def test_shapes_that_would_mix_images_up_are_refused() -> None:
+    """(B,) against (B, 1) broadcasts to (B, B), and credits each image with the batch's average."""
+    likely = torch.zeros(4, N, requires_grad=True)
+    for returns in (torch.zeros(4, 1), torch.zeros(1, N), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"match|expected"):
+            policy_loss(likely, returns)
+    with pytest.raises(ValueError, match="expected"):
+        log_probability(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="one per image"):
+        returns_to_go(torch.zeros(4, N), torch.zeros(4, 1))
+
+
+def test_returns_are_constants() -> None:
+    value = torch.ones(2, requires_grad=True)
+    probability = torch.full((2, N), 0.5, requires_grad=True)
+    policy_loss(log_probability(probability, torch.ones(2, N)), value * 3).backward()
+    assert value.grad is None
+    assert probability.grad is not None
+
+
+def test_sum_and_mean_differ_by_the_number_of_images() -> None:
+    likely = torch.rand(5, N).log()
+    returns = torch.randn(5)
+    torch.testing.assert_close(policy_loss(likely, returns, "sum"), 5 * policy_loss(likely, returns))
+
+
+def test_bounds_keep_exploring() -> None:
+    probability = torch.tensor([[0.0, 0.5, 1.0]])
+    torch.testing.assert_close(bounded(probability, 0.8), torch.tensor([[0.2, 0.5, 0.8]]))
+
+
+def test_log_probability_is_that_of_a_bernoulli() -> None:
+    probability = torch.rand(6, N) * 0.9 + 0.05
+    actions = (torch.rand(6, N) < 0.5).float()
+    want = torch.distributions.Bernoulli(probs=probability)
+    torch.testing.assert_close(log_probability(probability, actions), want.log_prob(actions))
+    torch.testing.assert_close(entropy(probability), want.entropy())
+
+
+def test_certain_decisions_have_finite_logarithms() -> None:
+    assert torch.isfinite(log_probability(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))).all()
