@@ -201,30 +201,28 @@ def test_curriculum_s_gradient_is_eq_6_and_its_network_stays() -> None:
     net = built(recipe)
     before = copy.deepcopy(net.backbone.state_dict())
     reference = copy.deepcopy(net)
-    images = batch().images
-    with torch.no_grad():
-        labels = reference.backbone(images).argmax(1)  # with all blocks it is right: dropping some may be wrong
-    ours = SimpleNamespace(images=images, labels=labels)
-    draw, progress = Draw(0, 0, 7, 0), at(0, 0.25)  # the last four of six blocks are decided
-    one = only(recipe.iteration(net, ours, draw, progress))
-    one.loss.backward()
-    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
-
-    s = reference.gates.logits(images).sigmoid()[:, 2:]
-    bound = 0.8 * s + 0.2 * (1 - s)
-    generator = draw.generator(purpose="policy")
-    u = torch.stack([torch.bernoulli(bound[:, k].detach(), generator=generator) for k in range(4)], 1)
+    draw, progress, images = Draw(0, 0, 7, 0), at(0, 0.25), batch().images  # the last four of six blocks are decided
 
     def answer(actions: Tensor) -> Tensor:
         gates = torch.cat([torch.ones(IMAGES, 2), actions], 1)
         with torch.no_grad():
-            return reference.backbone(images, lambda number, x: gates[:, number], runner("masked", "inside"))
+            return reference.backbone(images, lambda number, x: gates[:, number], runner("masked", "inside")).argmax(1)
+
+    s = reference.gates.logits(images).sigmoid()[:, 2:]
+    greedy = (s >= 0.5).float()
+    labels = answer(greedy)  # the likeliest policy is right, and sampled ones may be wrong
+    one = only(recipe.iteration(net, SimpleNamespace(images=images, labels=labels), draw, progress))
+    one.loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
+
+    bound = 0.8 * s + 0.2 * (1 - s)
+    generator = draw.generator(purpose="policy")
+    u = torch.stack([torch.bernoulli(bound[:, k].detach(), generator=generator) for k in range(4)], 1)
 
     def reward(actions: Tensor) -> Tensor:
-        right = answer(actions).argmax(1) == labels
-        return torch.where(right, 1 - ((actions.sum(1) + 2) / 6) ** 2, torch.tensor(-2.0))
+        return torch.where(answer(actions) == labels, 1 - ((actions.sum(1) + 2) / 6) ** 2, torch.tensor(-2.0))
 
-    advantage = reward(u) - reward((s >= 0.5).float())
+    advantage = reward(u) - reward(greedy)
     likely = (bound * u + (1 - bound) * (1 - u)).log().sum(1)
     (-(likely * advantage).mean()).backward()
     for mine, theirs in zip(net.gates.parameters(), reference.gates.parameters(), strict=True):

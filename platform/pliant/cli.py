@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -68,6 +68,8 @@ class AskSpectrum(Ask):
 
     split: Literal["auto", "val", "held_out"] = "auto"
     """Which images; auto: the validation images, or the held-out ones where there are none."""
+    execution: Literal["masked", "grouped"] | None = None
+    """How a network on depth leaves blocks out (methods on depth); default: as the run's recipe says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,24 +157,29 @@ def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
     from rich.console import Console
 
     from pliant.engine.trained import opened, write_spectrum
+    from pliant.report import blocks
     from pliant.report import spectrum as report
 
     with opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
+        if ask.execution is not None:
+            trained = trained.executed(ask.execution)
         points = trained.checked(parse_points(ask.at))
-        split = ask.split
+        split: Any = ask.split
         if split == "auto":
             split = "held_out" if trained.feed.dataset.val is None else "val"
         calibration = ask.calibration(trained.experiment.calibration)
-        lines = trained.measure(trained.at(points, calibration), split)
+        rows: dict[Point, Any] = {}
+        lines = trained.measure(trained.at(points, calibration), split, rows)
         if not trained.ranks.first:
             return
-        write_spectrum(trained, lines, calibration, split)
+        write_spectrum(trained, lines, calibration, split, rows)
     measured = report.read(ask.run)
     picture = report.draw(measured, ask.run / "spectrum.png")
     report.scalars(measured, ask.run)
     console = Console()
     console.print(report.table(measured))
-    console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
+    for path in (picture, *blocks.draw(ask.run)):
+        console.print(f"picture: {path}", soft_wrap=True, highlight=False)
 
 
 def _calibrate(ask: Ask) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pliant.errors import UserError
-from pliant.recipe import Recipe
+from pliant.recipe import Recipe, ScheduleName
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 BackendName = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"]
@@ -126,8 +126,9 @@ class Optimization:
     decay: Literal["kernels", "all"] = "kernels"
     """kernels: as the authors of US-Nets, only dense convolutions and linear weights decay, neither batch
     norm nor biases nor depthwise convolutions. all: every parameter decays."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the learning rate from its peak to 0, followed per step, within each stage."""
+    schedule: ScheduleName = "linear"
+    """Shape of the learning rate from its peak to 0, followed per step, within each stage. steps: a tenth from one half
+    on, a hundredth from three quarters on."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0 at the start of each stage."""
     epochs: float = 250.0

@@ -14,7 +14,6 @@ from torch import nn
 
 from pliant.engine.trained import Trained
 from pliant.errors import UserError, optional_import
-from pliant.methods.widths import WidthRecipe
 from pliant.recipe import Point
 
 
@@ -31,12 +30,14 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     Raises:
         UserError: the recipe has no ordinary network to give, or a format's package is missing.
     """
-    if not isinstance(trained.recipe, WidthRecipe):
-        raise UserError(f"{type(trained.recipe).__name__} is no method on width: it has no ordinary network to export.")
     if "onnx" in formats:
         for package in ("onnx", "onnxscript"):
             optional_import(package, extra="export", purpose="--formats onnx")
-    plain = trained.recipe.export(net, point).cpu()
+    ordinary = trained.recipe.export(net, point)
+    if ordinary is None:
+        name = type(trained.recipe).__name__
+        raise UserError(f"{name} has no ordinary network to export: which of its blocks run is decided anew each time.")
+    plain = ordinary.cpu()
     size = trained.experiment.data.size if trained.experiment.data.source == "folder" else 32
     images = torch.zeros(2, 3, size, size)
     folder.mkdir(parents=True, exist_ok=True)

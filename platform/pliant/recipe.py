@@ -13,7 +13,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from pliant.errors import UserError
 
 if TYPE_CHECKING:
     from pliant.randomness import Draw
+
+
+ScheduleName = Literal["linear", "cosine", "steps", "constant"]
 
 
 class Batch(Protocol):
@@ -80,6 +83,8 @@ class Stage:
     """Share of the run's epochs, in (0, 1]; the shares of a recipe's stages add up to 1."""
     learning_rate: float = 1.0
     """Factor on the run's learning rate."""
+    schedule: ScheduleName | None = None
+    """Shape of the learning rate in this stage; default: the run's."""
 
 
 class Point(ABC):
@@ -261,6 +266,11 @@ class Recipe(ABC):
     def calibrates(self, point: Point) -> bool:
         """Whether batch norm needs statistics of its own at `point`, measured after training."""
         return not isinstance(point, Native)
+
+    def export(self, net: nn.Module, point: Point) -> nn.Module | None:
+        """The ordinary network at `point`, in evaluation mode, without anything of Pliant; None if there is none.
+        `net` holds the point's statistics."""
+        return None
 
     def figures(self, marks: Mapping[str, Tensor]) -> Mapping[str, float]:
         """More columns of a spectrum, from the marks of all images at one point, one row per image."""

@@ -1,6 +1,7 @@
 """Images: index (what there is), order (which when), plan (which crop), loader (decodes), feed (batches)."""
 
-from pliant.data.dataset import Dataset, open_dataset
+from pliant.data.dataset import Dataset, SplitName, open_dataset
 from pliant.data.feed import Batch, Feed
+from pliant.data.thumbnails import thumbnails
 
-__all__ = ["Batch", "Dataset", "Feed", "open_dataset"]
+__all__ = ["Batch", "Dataset", "Feed", "SplitName", "open_dataset", "thumbnails"]

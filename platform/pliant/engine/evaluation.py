@@ -17,6 +17,9 @@ from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.recipe import Batch, Measurement, Outcome, Point, Recipe
 
+Rows = dict[str, Tensor]
+"""By name, one row per image: position in its split, label, right, macs, and the method's marks."""
+
 
 @torch.no_grad()
 def evaluate(
@@ -26,15 +29,17 @@ def evaluate(
     *,
     precision: Precision,
     ranks: Ranks,
+    rows: dict[Point, Rows] | None = None,
 ) -> list[Measurement]:
     """Collective. One measurement per point, in the order of `nets`.
 
     Args:
         nets: the network to ask at each point, in evaluation mode with that point's statistics.
         batches: this rank's share of the images.
+        rows: filled, where given, with what each point found of each image, if the method marks images.
     """
     sums = {point: torch.zeros(6, dtype=torch.float64, device=ranks.device) for point in nets}
-    marks: dict[Point, list[Mapping[str, Tensor]]] = {point: [] for point in nets}
+    found: dict[Point, list[Rows]] = {point: [] for point in nets}
     costs: dict[Point, float] = {}
     for batch in batches:
         for point, net in nets.items():
@@ -44,12 +49,15 @@ def evaluate(
                 outcome = recipe.predict(net, batch.images, point)
             sums[point] += _tally(outcome, batch.labels, costs[point])
             if outcome.marks:
-                marks[point].append({name: values.cpu() for name, values in outcome.marks.items()})
+                found[point].append(_rows(outcome, batch))
     table = ranks.sum_(torch.stack(list(sums.values())))
-    return [
-        _measurement(recipe, point, nets[point], row.tolist(), _joined(marks[point], ranks))
-        for point, row in zip(nets, table, strict=True)
-    ]
+    lines = []
+    for (point, net), row in zip(nets.items(), table, strict=True):
+        joined = _joined(found[point], ranks)
+        lines.append(_measurement(recipe, point, net, row.tolist(), joined))
+        if rows is not None and joined:
+            rows[point] = joined
+    return lines
 
 
 def macs_of_image(recipe: Recipe, net: nn.Module, image: Tensor, point: Point) -> float:
@@ -71,16 +79,26 @@ def _tally(outcome: Outcome, labels: Tensor, cost: float) -> Tensor:
     return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=logits.device) for value in values])
 
 
-def _joined(marks: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
-    """Collective. Each mark of all images on all ranks, one row per image."""
-    own = {name: torch.cat([one[name] for one in marks]) for name in (marks[0] if marks else {})}
+def _rows(outcome: Outcome, batch: Batch) -> Rows:
+    """What is known of each image of a batch, on the CPU."""
+    right = outcome.logits.argmax(1) == batch.labels
+    rows = {"label": batch.labels, "right": right, **outcome.marks}
+    positions = getattr(batch, "positions", None)
+    if positions is not None:
+        rows["position"] = positions
+    if outcome.macs is not None:
+        rows["macs"] = outcome.macs
+    return {name: values.cpu() for name, values in rows.items()}
+
+
+def _joined(parts: Sequence[Rows], ranks: Ranks) -> Rows:
+    """Collective. The rows of all images on all ranks."""
+    own = {name: torch.cat([one[name] for one in parts]) for name in (parts[0] if parts else {})}
     every = [one for one in ranks.all(own) if one]
     return {name: torch.cat([one[name] for one in every]) for name in (every[0] if every else {})}
 
 
-def _measurement(
-    recipe: Recipe, point: Point, net: nn.Module, sums: list[float], marks: Mapping[str, Tensor]
-) -> Measurement:
+def _measurement(recipe: Recipe, point: Point, net: nn.Module, sums: list[float], rows: Rows) -> Measurement:
     images, top1, top5, loss, macs, squares = sums
     count = max(images, 1)
     varies = squares / count - (macs / count) ** 2
@@ -92,6 +110,6 @@ def _measurement(
         loss=loss / count,
         macs=macs / count,
         parameters=recipe.parameters_at(net, point),
-        macs_sd=math.sqrt(varies) if marks and varies > 0 else None,
-        figures=recipe.figures(marks) if marks else {},
+        macs_sd=math.sqrt(max(0.0, varies)) if "macs" in rows else None,
+        figures=recipe.figures(rows) if rows else {},
     )

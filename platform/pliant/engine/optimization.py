@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from pliant.engine.precision import Precision
 from pliant.errors import UserError
 from pliant.experiment import Optimization
-from pliant.recipe import Stage
+from pliant.recipe import ScheduleName, Stage
 
 
 def set_learning(net: nn.Module, stage: Stage) -> None:
@@ -70,9 +70,7 @@ def make_optimizer(net: nn.Module, config: Optimization) -> Optimizer:
     )
 
 
-def learning_rate(
-    step: int, steps: int, warmup: int, schedule: Literal["linear", "cosine", "constant"], floor: float = 0.0
-) -> float:
+def learning_rate(step: int, steps: int, warmup: int, schedule: ScheduleName, floor: float = 0.0) -> float:
     """Factor on the peak learning rate for a step of a stage, in [0, 1].
 
     Args:
@@ -84,7 +82,12 @@ def learning_rate(
     if step < warmup:
         return (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    fall = {"linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share)), "constant": 1.0}[schedule]
+    fall = {
+        "linear": 1.0 - share,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * share)),
+        "steps": 0.1 ** ((share >= 0.5) + (share >= 0.75)),
+        "constant": 1.0,
+    }[schedule]
     return floor + (1.0 - floor) * fall
 
 

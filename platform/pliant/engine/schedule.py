@@ -53,8 +53,9 @@ class Schedule:
         """The learning rate of a step."""
         config = self.optimization
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
-        factor = learning_rate(step, self.steps[stage], warmup, config.schedule, config.floor)
-        return config.lr * self.stages[stage].learning_rate * factor
+        described = self.stages[stage]
+        shape = described.schedule or config.schedule
+        return config.lr * described.learning_rate * learning_rate(step, self.steps[stage], warmup, shape, config.floor)
 
     def due(self, step: int, epochs: float) -> bool:
         """Whether something done every so many epochs, and at the end, is due after `step` steps of the run."""

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pliant import record
-from pliant.data import Feed
+from pliant.data import Feed, SplitName, thumbnails
 from pliant.engine import checkpoint
 from pliant.engine.agreement import heeded
 from pliant.engine.batchnorm import (
@@ -26,7 +27,7 @@ from pliant.engine.batchnorm import (
     twin,
     unflatten_,
 )
-from pliant.engine.evaluation import evaluate
+from pliant.engine.evaluation import Rows, evaluate
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption, Stopped, listening
 from pliant.engine.precision import Precision
@@ -55,6 +56,19 @@ class Trained:
     def recipe(self) -> Recipe:
         """The method."""
         return self.experiment.recipe
+
+    def executed(self, execution: str) -> Trained:
+        """The same run, its recipe's way of leaving blocks out replaced.
+
+        Raises:
+            UserError: its method leaves none out.
+        """
+        if not hasattr(self.recipe, "execution"):
+            name = type(self.recipe).__name__
+            raise UserError(f"{name} leaves no blocks out: write pliant spectrum without --execution.")
+        recipe: Any = self.recipe
+        recipe = dataclasses.replace(recipe, execution=execution)
+        return dataclasses.replace(self, experiment=dataclasses.replace(self.experiment, recipe=recipe))
 
     def checked(self, points: Sequence[Point]) -> tuple[Point, ...]:
         """The points, or the recipe's own where none are given.
@@ -129,8 +143,10 @@ class Trained:
         save_file(flat, partial)
         partial.rename(path)
 
-    def measure(self, nets: Mapping[Point, nn.Module], split: Literal["held_out", "val"]) -> list[Measurement]:
-        """Collective. Accuracy and cost at each point, each image decoded once."""
+    def measure(
+        self, nets: Mapping[Point, nn.Module], split: SplitName, rows: dict[Point, Rows] | None = None
+    ) -> list[Measurement]:
+        """Collective. Accuracy and cost at each point, each image decoded once; `rows` as in `evaluate`."""
         batch = self.experiment.batch.micro
         rounds = -(-self.feed.evaluation_batches(split, batch) // self.ranks.count)
         with self.feed.evaluation(split, batch=batch, rank=self.ranks.rank, ranks=self.ranks.count) as batches:
@@ -140,6 +156,7 @@ class Trained:
                 heeded(batches, rounds, self.ranks, self.interruption),
                 precision=Precision(self.experiment.precision, self.ranks.device),
                 ranks=self.ranks,
+                rows=rows,
             )
 
 
@@ -201,8 +218,18 @@ def opened(path: Path, ranks: Ranks, **options: Any) -> Iterator[Trained]:
         raise Interrupted("Stopped on the way; what was measured before stands.") from None
 
 
-def write_spectrum(trained: Trained, lines: Sequence[Measurement], calibration: Calibration, split: str) -> Path:
-    """Writes spectrum.json into the run's folder; whole or not at all."""
+_SHOWN = 16  # images of each end that a picture shows
+_PIXELS = 96  # the shorter side that they are kept with
+
+
+def write_spectrum(
+    trained: Trained,
+    lines: Sequence[Measurement],
+    calibration: Calibration,
+    split: str,
+    rows: Mapping[Point, Rows],
+) -> Path:
+    """Writes spectrum.json into the run's folder, and spectrum.npz where a method marks images; whole or not at all."""
     data: Data = trained.experiment.data
     plain = {
         "name": trained.experiment.name,
@@ -210,12 +237,34 @@ def write_spectrum(trained: Trained, lines: Sequence[Measurement], calibration: 
         "step": trained.step,
         "dataset": str(data.root),
         "generated": trained.feed.dataset.generated,
+        "classes": list(trained.feed.dataset.classes) if rows else [],
         "split": split,
         "calibration": dataclasses.asdict(calibration),
         "lines": [dataclasses.asdict(line) for line in lines],
     }
+    _write_rows(trained, rows, cast(SplitName, split))
     path = trained.folder.path / "spectrum.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(plain, indent=2) + "\n")
     partial.rename(path)
     return path
+
+
+def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) -> None:
+    """What each point found of each image, and the images that cost least and most."""
+    path = trained.folder.path / "spectrum.npz"
+    path.unlink(missing_ok=True)
+    if not rows:
+        return
+    kept = {f"{point}/{name}": values.numpy() for point, found in rows.items() for name, values in found.items()}
+    for point, found in rows.items():
+        if "macs" in found and "position" in found:
+            right = found["right"].nonzero()[:, 0]
+            order = right[found["macs"][right].argsort(stable=True)]
+            for end, chosen in (("easiest", order[:_SHOWN]), ("hardest", order[-_SHOWN:].flip(0))):
+                positions = found["position"][chosen].numpy()
+                kept[f"{point}/{end}"] = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
+                kept[f"{point}/{end}_rows"] = chosen.numpy()
+    partial = path.with_suffix(".partial.npz")
+    np.savez_compressed(partial, **kept)
+    partial.rename(path)

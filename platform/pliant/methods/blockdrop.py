@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from pliant.errors import UserError
 from pliant.methods.depth import GatedRecipe
 from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
-from pliant.networks.gated import GatedNet
+from pliant.networks.gated import GatedNet, full
 from pliant.networks.gates import Ask, GatePerBlock, Gates, Policy, PooledGate, open_at_start
 from pliant.networks.resnet import Decide, ResidualNet, ResNet
 from pliant.randomness import Draw
@@ -124,7 +124,7 @@ class BlockDrop(GatedRecipe):
 
         def sampled(number: int, x: Tensor) -> Tensor:
             with torch.enable_grad():
-                bound = bounded(ask(number, x).float().sigmoid(), self.alpha)
+                bound = bounded(full(ask(number, x)).sigmoid(), self.alpha)
             probabilities.append(bound)
             actions.append(sample(bound, generator))
             return actions[-1]
@@ -147,7 +147,7 @@ class BlockDrop(GatedRecipe):
         opened: list[Tensor] = []
 
         def greedy(number: int, x: Tensor) -> Tensor:
-            opened.append((ask(number, x) >= 0).float())
+            opened.append((ask(number, x) >= 0).to(x))
             return opened[-1]
 
         with torch.no_grad():
@@ -252,7 +252,7 @@ class FixedBlocks(GatedRecipe):
         return 1
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
-        walk = cast(GatedNet, net)(batch.images, lambda number, logits: (logits >= 0).float(), self.masked())
+        walk = cast(GatedNet, net)(batch.images, lambda number, logits: (logits >= 0).to(logits), self.masked())
         yield Pass("kept", cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing))
 
 

@@ -99,6 +99,9 @@ class Plain(ResidualRecipe):
     def graphs(self) -> int | str:
         return 1
 
+    def export(self, net: nn.Module, point: Point) -> nn.Module:
+        return net.eval()
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatedRecipe(ResidualRecipe):

@@ -85,7 +85,7 @@ class SkipNet(GatedRecipe):
         if self.learning == "sp+hrl":
             return (
                 Stage(name="sp", share=self.sp_share),
-                Stage(name="hrl", share=1.0 - self.sp_share, learning_rate=self.hrl_rate),
+                Stage(name="hrl", share=1.0 - self.sp_share, learning_rate=self.hrl_rate, schedule="constant"),
             )
         return (Stage(name=self.learning),)
 

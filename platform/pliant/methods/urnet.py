@@ -134,13 +134,13 @@ class URNet(GatedRecipe):
 
         def activate(number: int, logits: Tensor) -> Tensor:
             """Sigmoid for all images, or step: the draw is the gate's, not the image's."""
-            return logits.sigmoid() if soft[number] else (logits >= 0).float()
+            return logits.sigmoid() if soft[number] else (logits >= 0).to(logits)
 
         generator = draw.generator(images.device, "drop")
         return {
             "urnet": activate,
             "external": activate,
-            "random_test": lambda number, logits: torch.ones_like(logits, dtype=torch.float32),
+            "random_test": lambda number, logits: torch.ones_like(logits),
             "random": self._dropped(scale, generator, attended=False),
             "attention": self._dropped(scale, generator, attended=True),
         }[self.variant]

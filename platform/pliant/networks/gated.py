@@ -56,16 +56,16 @@ class GatedNet(nn.Module):
 
         def decide(number: int, x: Tensor) -> Tensor | None:
             if number < self.first:
-                opened.append(x.new_ones(len(x), dtype=torch.float32))
+                opened.append(x.new_ones(len(x)))
                 return None
-            logits = ask(number, x).float()
+            logits = full(ask(number, x))
             gate = act(number, logits)
             said.append(logits)
             opened.append(gate)
             return gate
 
         logits = self.backbone(images, decide, run)
-        return Walk(logits, torch.stack([one.float() for one in opened], 1), torch.stack(said, 1))
+        return Walk(logits, torch.stack([full(one) for one in opened], 1), torch.stack(said, 1))
 
     def macs(self, opened: Tensor, side: int) -> Tensor:
         """Multiply-accumulates of each image, (B,), gates and policy included.
@@ -80,6 +80,11 @@ class GatedNet(nn.Module):
         return always + opened.double() @ residual
 
 
+def full(values: Tensor) -> Tensor:
+    """In fp32 at least: probabilities near 0 and 1 do not survive half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def threshold(number: int, logits: Tensor) -> Tensor:
     """The likelier action: what a trained network does."""
-    return (logits >= 0).float()
+    return (logits >= 0).to(logits)

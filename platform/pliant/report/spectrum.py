@@ -35,7 +35,10 @@ def title(spectrum: dict[str, Any]) -> str:
 def table(spectrum: dict[str, Any]) -> Table:
     """One row per point, for a terminal."""
     rows = Table(title=title(spectrum), title_justify="left")
-    for name in ("point", "top-1 %", "top-5 %", "loss", "MACs (M)", "parameters (M)"):
+    own = list(spectrum["lines"][0].get("figures", {}))  # the method's
+    spread = spectrum["lines"][0].get("macs_sd") is not None
+    names = ["point", "top-1 %", "top-5 %", "loss", "MACs (M)", *(["± (M)"] if spread else []), "parameters (M)"]
+    for name in (*names, *(name.replace("_sd", " ±") for name in own)):
         rows.add_column(name, justify="right")  # in a narrow terminal the headings wrap, never the figures
     for line in spectrum["lines"]:
         rows.add_row(
@@ -44,12 +47,14 @@ def table(spectrum: dict[str, Any]) -> Table:
             f"{100 * line['top5']:.2f}",
             f"{line['loss']:.3f}",
             _millions(line["macs"]),
+            *([_millions(line["macs_sd"])] if spread else []),
             _millions(line["parameters"], digits=3),
+            *(f"{line['figures'][name]:.4g}" for name in own),
         )
     if len(spectrum["lines"]) > 1:
         rows.add_section()
         mean = sum(line["top1"] for line in spectrum["lines"]) / len(spectrum["lines"])
-        rows.add_row("mean", f"{100 * mean:.2f}", "", "", "", "")
+        rows.add_row("mean", f"{100 * mean:.2f}")
     return rows
 
 
@@ -68,7 +73,16 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     costs = [(line["macs"] or 0) / 1e6 for line in lines]
     accuracies = [100 * line["top1"] for line in lines]
     figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
-    axes.plot(costs, accuracies, marker="o", markersize=4, color="#1f5fa8")
+    spread = [(line.get("macs_sd") or 0) / 1e6 for line in lines]
+    axes.errorbar(
+        costs,
+        accuracies,
+        xerr=spread if any(spread) else None,
+        marker="o",
+        markersize=4,
+        color="#1f5fa8",
+        ecolor="#b8cde4",
+    )
     for line, cost, accuracy in _apart(list(zip(lines, costs, accuracies, strict=True))):
         axes.annotate(
             line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8

@@ -1,0 +1,108 @@
+"""Pictures of which blocks a network on depth runs, and for which images: reads spectrum.json and spectrum.npz."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pliant.report.spectrum import read, title
+
+Rows = Mapping[str, NDArray[Any]]
+
+
+def draw(run: Path) -> list[Path]:
+    """The pictures that the run's spectrum has the figures for; none where its method marks no images.
+
+    blocks.png: the share of images that open each block, at each point (URNet Fig. 4, SkipNet Fig. 10a).
+    classes.png: blocks left out per class, over the class's accuracy (SkipNet Fig. 9).
+    images.png: the images that cost least and most (SkipNet Fig. 7, BlockDrop Fig. 5).
+    """
+    path = run / "spectrum.npz"
+    if not path.is_file():
+        return []
+    spectrum = read(run)
+    with np.load(path) as kept:
+        found = {name: kept[name] for name in kept.files}
+    points = [line["point"] for line in spectrum["lines"] if f"{line['point']}/open" in found]
+    if not points:
+        return []
+    rows = {point: {n.split("/", 1)[1]: v for n, v in found.items() if n.startswith(f"{point}/")} for point in points}
+    middle = points[len(points) // 2]
+    pictures: list[tuple[str, Callable[[Any], None]]] = [
+        ("blocks.png", lambda figure: _usage(figure, spectrum, rows)),
+        ("classes.png", lambda figure: _classes(figure, spectrum, middle, rows[middle])),
+    ]
+    if "easiest" in rows[middle]:
+        pictures.append(("images.png", lambda figure: _images(figure, spectrum, middle, rows[middle])))
+    return [_saved(run / name, paint) for name, paint in pictures]
+
+
+def _saved(path: Path, paint: Callable[[Any], None]) -> Path:
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(dpi=150, layout="constrained")
+    paint(figure)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial)
+    pyplot.close(figure)
+    partial.rename(path)
+    return path
+
+
+def _usage(figure: Any, spectrum: Mapping[str, Any], rows: Mapping[str, Rows]) -> None:
+    share = np.stack([one["open"].mean(0) for one in rows.values()], 1)  # (N, points)
+    figure.set_size_inches(max(4.5, 1.2 * share.shape[1] + 2.5), max(3.5, 0.16 * len(share) + 1.6))
+    axes = figure.subplots()
+    image = axes.imshow(share, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(rows)), list(rows))
+    axes.set_ylabel("block")
+    axes.set_yticks(range(0, len(share), max(1, len(share) // 18)))
+    figure.colorbar(image, label="share of images that run it")
+    axes.set_title(title(dict(spectrum)), fontsize=7, wrap=True)
+
+
+def _classes(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows) -> None:
+    names = spectrum.get("classes") or []
+    skipped = rows["open"].shape[1] - rows["open"].sum(1)
+    labels = np.unique(rows["label"])
+    accuracy = np.array([rows["right"][rows["label"] == one].mean() for one in labels])
+    spread = [skipped[rows["label"] == one] for one in labels]
+    figure.set_size_inches(7, 4.2)
+    axes = figure.subplots()
+    if len(labels) <= 20:
+        order = np.argsort(accuracy)
+        axes.boxplot([spread[k] for k in order], showfliers=False, medianprops={"color": "#1f5fa8"})
+        words = [names[labels[k]] if len(names) > labels[k] else str(labels[k]) for k in order]
+        axes.set_xticks(
+            range(1, len(labels) + 1),
+            [f"{word}\n{100 * accuracy[k]:.0f} %" for word, k in zip(words, order, strict=True)],
+            fontsize=7,
+        )
+        axes.set_xlabel("class, and its accuracy")
+    else:
+        axes.scatter(100 * accuracy, [one.mean() for one in spread], s=8, color="#1f5fa8")
+        axes.set_xlabel("accuracy of a class (%)")
+    axes.set_ylabel("blocks left out")
+    axes.set_title(f"{title(dict(spectrum))}, at {point}", fontsize=7, wrap=True)
+
+
+def _images(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows) -> None:
+    """Two rows of the cheapest images above two of the dearest, all answered rightly."""
+    columns = 8
+    figure.set_size_inches(8, 5.2)
+    grid = figure.subplots(4, columns)
+    for half, end in enumerate(("easiest", "hardest")):
+        for number, (pixels, row) in enumerate(zip(rows[end], rows[f"{end}_rows"], strict=True)):
+            axes = grid[2 * half + number // columns][number % columns]
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_title(f"{int(rows['open'][row].sum())} blocks", fontsize=6)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    figure.suptitle(f"{title(dict(spectrum))}, at {point}: fewest and most blocks, answered rightly", fontsize=7)
