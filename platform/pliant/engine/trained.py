@@ -266,5 +266,5 @@ def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) 
                 kept[f"{point}/{end}"] = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
                 kept[f"{point}/{end}_rows"] = chosen.numpy()
     partial = path.with_suffix(".partial.npz")
-    np.savez_compressed(partial, **kept)
+    np.savez_compressed(partial, **kept)  # type: ignore[arg-type] # its stub takes them for flags
     partial.rename(path)

@@ -74,15 +74,8 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     accuracies = [100 * line["top1"] for line in lines]
     figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
     spread = [(line.get("macs_sd") or 0) / 1e6 for line in lines]
-    axes.errorbar(
-        costs,
-        accuracies,
-        xerr=spread if any(spread) else None,
-        marker="o",
-        markersize=4,
-        color="#1f5fa8",
-        ecolor="#b8cde4",
-    )
+    axes.errorbar(costs, accuracies, xerr=spread if any(spread) else None, fmt="none", ecolor="#b8cde4")
+    axes.plot(costs, accuracies, marker="o", markersize=4, color="#1f5fa8")
     for line, cost, accuracy in _apart(list(zip(lines, costs, accuracies, strict=True))):
         axes.annotate(
             line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
