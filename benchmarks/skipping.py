@@ -4,7 +4,8 @@
 
 Every image keeps each block with the same probability, drawn anew for each turn. grouped runs a block on the images
 that keep it; masked, as the papers' code, runs it on all and multiplies. All sides have batch norm folded into the
-convolutions and channels-last memory, and take turns in one process; trimmed means over draws count. Printed beside is the share of multiply-accumulates kept, which no execution can beat by much.
+convolutions and channels-last memory, and take turns in one process; trimmed means over the draws count. Printed beside
+them is the share of multiply-accumulates kept, which no execution can beat by much.
 """
 
 from __future__ import annotations

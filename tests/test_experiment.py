@@ -155,7 +155,8 @@ def test_whatever_changes_the_training_is_fixed_on_resume():
         "ranks",
         "runs",
         "resume",
-        "backend",
+        "verify_gradients",
+        "timeout_minutes",
         "evaluate_epochs",
         "log_steps",
         "threads",
@@ -164,7 +165,7 @@ def test_whatever_changes_the_training_is_fixed_on_resume():
     }
     free |= {f"calibration.{item.name}" for item in dataclasses.fields(Calibration)}
     free |= {f"saving.{item.name}" for item in dataclasses.fields(Saving)}
-    warned = {"data.root", "data.loader", "compile"}
+    warned = {"data.root", "data.loader", "compile", "backend", "deepspeed_config"}
     for name in names_of(UNUSUAL):
         expected = "free" if name in free else "warned" if name in warned else "fixed"
         assert rule_on_resume(name) == expected, name
@@ -202,7 +203,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Data(held_out=-1), "--data.held-out cannot be -1"),
     (lambda: Data(classes=1), "--data.classes cannot be 1"),
     (lambda: Data(threads=0), "--data.threads cannot be 0"),
-    (lambda: Optimization(steps=0), "trains nothing"),
+    (lambda: Optimization(steps=-1), "cannot be"),
     (lambda: Optimization(epochs=0), "trains nothing"),
     (lambda: Optimization(lr=-0.1), "A learning rate lies above 0, not -0.1"),
     (lambda: Optimization(momentum=1.0), "Momentum lies in [0, 1), not 1"),
@@ -211,7 +212,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Optimization(ema=1.0), "between 0 and 1, not 1"),
     (lambda: Optimization(clip=0.0), "above 0"),
     (lambda: Calibration(images=-1), "on -1 images"),
-    (lambda: Calibration(batch=0), "hold 0 images"),
+    (lambda: Calibration(batch=1), "no variance over 1 images"),
+    (lambda: Batching(images=4, micro=1), "no variance over a single image"),
     (lambda: Saving(keep=1), "at least two"),
     (lambda: Saving(every_steps=0), "at least one step apart"),
     (lambda: Experiment(name="a", recipe=Plain(), seed=-1), "not -1"),

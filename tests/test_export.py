@@ -219,6 +219,6 @@ def test_what_cannot_be_exported_is_refused(options, said, run, capsys):
 
 def test_method_without_widths_has_no_ordinary_network(tmp_path):
     trained = SimpleNamespace(recipe=Plain())
-    with pytest.raises(UserError, match="Plain is no method on width: it has no ordinary network to export"):
+    with pytest.raises(UserError, match="Plain has no ordinary network to export"):
         export(trained, nn.Module(), Width(1.0), tmp_path / "none", ("safetensors",))
     assert not (tmp_path / "none").exists()

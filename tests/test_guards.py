@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,19 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cifar(tmp_path_factory.mktemp("data"))
+
+
+def listens(pid: int) -> bool:
+    """Whether a process catches SIGUSR1, which it does once it heeds signals."""
+    (caught,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < 60
+        time.sleep(0.01)
 
 
 def _verified(ranks: Ranks) -> None:
@@ -126,7 +140,7 @@ def test_signal_to_one_rank_stops_both_with_a_checkpoint(data: Path, tmp_path: P
     assert list(only_run(tmp_path).glob("checkpoints/step-*"))
     # Asked for a spectrum, both stop between two batches as well.
     launch = Launch([PLIANT, "spectrum", str(only_run(tmp_path)), "--at", *(["0.35:0.001:1.0"])]).start()
-    time.sleep(8)
+    wait_until(lambda: all(listens(process.pid) for process in launch.processes))
     launch.processes[1].send_signal(signal.SIGINT)
     for status, said in launch.finish():
         assert status == EXIT_INTERRUPTED, said

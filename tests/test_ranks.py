@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pliant.engine.backends import wrap
 from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
 from pliant.engine.precision import Precision
-from pliant.engine.ranks import Ranks, join
+from pliant.engine.ranks import Ranks, join, leave
 from pliant.engine.step import accumulate
 from pliant.errors import UserError
 from pliant.experiment import Optimization
@@ -44,7 +44,7 @@ def _enter(rank: int, worker: object, ranks: int, port: int, arguments: tuple[ob
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     worker(Ranks(rank, ranks, torch.device("cpu")), *arguments)  # type: ignore[operator]
-    dist.destroy_process_group()
+    leave()
 
 
 def double(batch: Batch) -> Batch:

@@ -38,7 +38,7 @@ def test_there_is_a_line_for_each_point_of_the_recipe(measured):
     assert [line["point"] for line in measured["lines"]] == list(POINTS)
     assert (measured["name"], measured["method"], measured["step"]) == ("tiny", "USNet", 2)
     assert (measured["split"], measured["generated"]) == ("val", False)
-    assert measured["calibration"] == dict(images=64, average="pooled", augment=False, batch=32)
+    assert measured["calibration"] == dict(images=64, average="pooled", augment=True, batch=32)
 
 
 def test_every_image_counts_once(measured):

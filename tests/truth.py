@@ -84,8 +84,9 @@ def bare_gradients(recipe: Recipe, net: nn.Module, step: int, total: int, bf16: 
                 one = next(passes, None)
             if one is None:
                 break
-            (one.loss / total).backward()
+            # Divided afterwards: by 3 beforehand, bf16 would round the whole backward otherwise than the engine's.
+            one.loss.backward()
     return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / total
         for name, parameter in net.named_parameters()
     }

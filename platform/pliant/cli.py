@@ -55,10 +55,12 @@ class Ask:
     """Training images to calibrate batch norm on, 0 for all; default: as the run's experiment says."""
     average: Literal["pooled", "cumulative", "moving"] | None = None
     """How their statistics are averaged; default: as the run's experiment says."""
+    augment: bool | None = None
+    """Whether they are augmented as in training; default: as the run's experiment says."""
 
     def calibration(self, default: Calibration) -> Calibration:
         """The run's calibration with what was asked for in its place."""
-        asked = {name: value for name in ("images", "average") if (value := getattr(self, name)) is not None}
+        asked = {name: value for name in ("images", "average", "augment") if (value := getattr(self, name)) is not None}
         return dataclasses.replace(default, **asked)
 
 
@@ -278,6 +280,9 @@ def _guard(action: Callable[[], None]) -> None:
         if _rank() == "0":
             print(f"{stop}\nGo on with: {_again(sys.argv)}", flush=True)
         sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:  # before the run listens for signals, or after it
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _rank() -> str:

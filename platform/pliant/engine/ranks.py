@@ -6,7 +6,9 @@ Methods marked Collective are called by every rank or by none.
 from __future__ import annotations
 
 import os
+import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,10 +167,20 @@ def _refuse_strangers(env: dict[str, str]) -> None:
 
 def _adopt_srun(env: dict[str, str]) -> dict[str, str]:
     """What torchrun would have set, from what srun set: one rank per task."""
-    submitit_helpers = optional_import("submitit.helpers", extra="slurm", purpose="A start by srun alone")
-    submitit_helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: os.environ[name] for name in names}
+    slurm = optional_import("submitit.slurm.slurm", extra="slurm", purpose="A start by srun alone")
+    tasks = slurm.SlurmJobEnvironment()
+    # Every task comes to the same port by itself, and another step of the job to another one.
+    port = random.Random(f"{tasks.job_id}.{env.get('SLURM_STEP_ID', '0')}").randint(20000, 60000)
+    found = {
+        "RANK": str(tasks.global_rank),
+        "WORLD_SIZE": str(tasks.num_tasks),
+        "LOCAL_RANK": str(tasks.local_rank),
+        "LOCAL_WORLD_SIZE": str(tasks.num_tasks // tasks.num_nodes),
+        "MASTER_ADDR": tasks.hostnames[0],
+        "MASTER_PORT": env.get("MASTER_PORT", str(port)),
+    }
+    os.environ.update(found)
+    return found
 
 
 def _join_group(device: torch.device) -> Ranks:
@@ -200,5 +212,13 @@ def joined(requested: int | None = None) -> Iterator[Ranks]:
             "The newest checkpoint stands; where the ranks stood may be said in the run's folder hangs."
         ) from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Closes the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # Gloo's threads let go of the last tensors only now, and need the interpreter's lock for it: one that waits for
+        # it while the interpreter shuts down aborts the process (torch 2.13).
+        time.sleep(0.1)

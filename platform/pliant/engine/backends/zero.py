@@ -58,6 +58,10 @@ class Zero:
         self.net, self.stage, self.precision = net, stage, precision
         self.averaged, self.anchored = ranks.count, stage < 3
         self._clip = optimization.clip
+        with torch.no_grad():
+            for parameter in net.parameters():  # DeepSpeed flattens them, and knows one memory layout only
+                plain = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                parameter.data = plain.copy_(parameter)
         self._plain = copy.deepcopy(net)
         self.optimizer = make_optimizer(net, optimization)
         options = options_for(stage, optimization.clip, config)
@@ -138,6 +142,7 @@ class Zero:
         if self.stage == 0:
             return {name: dict(self.optimizer.state.get(one, {})) for name, one in self._learning().items()}
         keys, single = self._state_keys()
+        self._link_states()
         return {
             name: {key: safe_get_full_optimizer_state(one, key) for key in keys} | single
             for name, one in self._learning().items()
@@ -152,6 +157,13 @@ class Zero:
             ]
             return by_element, {key: value for key, value in state.items() if key not in by_element}
         return [], {}
+
+    def _link_states(self) -> None:
+        """So that parameters find their part. DeepSpeed links once, at the first step of the first group of parameters,
+        when the states of the others are not made yet."""
+        if self.stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _shards(self) -> list[Tensor]:
         zero = self._engine.optimizer
@@ -176,8 +188,7 @@ class Zero:
         for shard in self._shards():
             own = {key: torch.zeros_like(shard) for key in by_element}
             self.optimizer.state[shard].update(own, **{k: v for k, v in first.items() if k not in by_element})
-        if self.stage < 3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for name, one in learning.items():
             for key in by_element:
                 safe_set_full_optimizer_state(one, state[name][key].to(one.device), key)
