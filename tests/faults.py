@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from tests.runs import REPOSITORY, Launch, arguments, final_state, only_run, same, tiny_cifar
+from pliant.errors import EXIT_RANKS_LOST
+from tests.runs import REPOSITORY, Launch, arguments, final_state, listens, only_run, same, tiny_cifar
 
 PLIANT = str(Path(sys.executable).with_name("pliant"))
 RECIPE = str(REPOSITORY / "recipes" / "usnet_cifar10.py")
@@ -37,6 +38,7 @@ SETTINGS = {
 }
 INSTANTS = ("anywhere", "checkpoint", "evaluation", "calibration")
 _LONGEST = 120.0
+_PATIENCE = 15.0
 
 
 class Trial:
@@ -48,7 +50,7 @@ class Trial:
         self.kills: Counter[str] = Counter()
 
     def train(self) -> Launch:
-        given = arguments(self.undisturbed.parents[3] / "data", self.runs, **SETTINGS)
+        given = arguments(self.undisturbed.parents[2] / "data", self.runs, **SETTINGS)
         return Launch([sys.executable, RECIPE, *given, "--resume", "auto"]).start()
 
     def checkpoints(self) -> Path | None:
@@ -63,15 +65,18 @@ class Trial:
         killed = came and pair.running()
         if killed:
             pair.kill(self.generator.randrange(2))
-        for status, said in pair.finish():
-            assert status in ((-signal.SIGKILL, 76, 2) if killed else (0,)), f"{status}: {said}"
+        for status, said in pair.finish(_PATIENCE if killed else _LONGEST):
+            # The other one leaves by itself; or, if they had not met yet, is ended by its launcher.
+            assert status in ((-signal.SIGKILL, EXIT_RANKS_LOST) if killed else (0,)), f"{status}: {said}"
             assert "Traceback" not in said or killed, said
         self.kills[instant] += killed
         return killed
 
     def _at_random(self, pair: Launch) -> bool:
-        self._wait(pair, lambda: self.checkpoints() is not None or bool(list(self.runs.glob("*/*"))))
-        time.sleep(self.generator.uniform(0.0, 6.0))
+        """From the rendezvous on; now and then while the processes still start."""
+        if self.generator.random() < 0.8:
+            self._wait(pair, lambda: all(listens(process.pid) for process in pair.processes))
+        time.sleep(self.generator.uniform(0.0, 2.0))
         return True
 
     def _in_a_write(self, pair: Launch) -> bool:
@@ -118,11 +123,12 @@ class Trial:
         """Killed on the way, it leaves whole statistics or none; asked again, it gives those of the other run."""
         command = [PLIANT, "calibrate", str(run), "--at", "0.35", "0.7", "1.0"]
         pair = Launch(command).start()
-        time.sleep(self.generator.uniform(3.0, 8.0))
+        if self._wait(pair, lambda: all(listens(process.pid) for process in pair.processes)):
+            time.sleep(self.generator.uniform(0.0, 0.6))
         if pair.running():
             pair.kill(self.generator.randrange(2))
             self.kills["calibration"] += 1
-        pair.finish()
+        pair.finish(_PATIENCE)
         for status, said in Launch(command).start().finish():
             assert status == 0, said
         mine, other = (sorted((one / "calibration").rglob("*.safetensors")) for one in (run, self.undisturbed))

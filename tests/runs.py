@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,19 +90,38 @@ class Launch:
             )
         return self
 
-    def finish(self) -> list[tuple[int, str]]:
-        """Exit status and words of each."""
+    def finish(self, patience: float = 120.0) -> list[tuple[int, str]]:
+        """Exit status and words of each; what still runs after `patience` seconds is killed, as a launcher would."""
+        ends = time.monotonic() + patience
+        while time.monotonic() < ends and any(process.poll() is None for process in self.processes):
+            time.sleep(0.02)
+        self.kill_all()
         done = []
         for process in self.processes:
-            said, complaints = process.communicate(timeout=120)
+            said, complaints = process.communicate()
             done.append((process.returncode, said + complaints))
         return done
 
     def running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
 
+    def kill_all(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+
     def kill(self, rank: int) -> None:
         self.processes[rank].send_signal(signal.SIGKILL)
+
+
+def listens(pid: int) -> bool:
+    """Whether a process catches SIGUSR1, which it does once it heeds signals; false if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    (caught,) = [line.split()[1] for line in lines if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def only_run(runs: Path) -> Path:

@@ -29,7 +29,7 @@ from pliant.experiment import Batching, Optimization
 from pliant.randomness import Draw
 from pliant.recipe import Stage
 from tests.faults import PLIANT, RECIPE
-from tests.runs import Launch, arguments, command, finish, only_run, tiny_cifar
+from tests.runs import Launch, arguments, command, finish, listens, only_run, tiny_cifar
 from tests.test_ranks import spawn
 from tests.truth import Touches, batch_of, progress_at
 
@@ -39,12 +39,6 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cifar(tmp_path_factory.mktemp("data"))
-
-
-def listens(pid: int) -> bool:
-    """Whether a process catches SIGUSR1, which it does once it heeds signals."""
-    (caught,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
-    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
