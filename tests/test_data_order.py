@@ -25,7 +25,7 @@ def epoch_of_samples(order: Order, stage: int, epoch: int, batching: Batching) -
 
 @given(
     images=st.integers(1, 300),
-    micro=st.integers(1, 20),
+    micro=st.integers(2, 20),
     micro_batches=st.integers(1, 4),
     tail=tails,
     seed=seeds,

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from pliant import record
 from pliant.engine.session import train
 from pliant.experiment import Batching, Experiment
+from pliant.methods.depth import ResidualRecipe
 from tests.runs import REPOSITORY, losses, tiny_cifar
 from tests.test_step import ALONE
 
@@ -50,8 +52,13 @@ def small(experiment: Experiment, make_root: Callable[[str], Path], runs: Path) 
     optimization = dataclasses.replace(
         experiment.optimization, lr=experiment.optimization.lr / 100, steps=STEPS, warmup_epochs=0.0
     )
+    recipe: Any = experiment.recipe
+    if isinstance(recipe, ResidualRecipe):  # the recipe's settings on few blocks
+        network = dataclasses.replace(recipe.network, depth=14 if recipe.network.form == "cifar" else 18)
+        recipe = dataclasses.replace(recipe, network=network)
     return dataclasses.replace(
         experiment,
+        recipe=recipe,
         data=data,
         optimization=optimization,
         batch=Batching(images=8, micro=4),

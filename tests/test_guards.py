@@ -133,7 +133,7 @@ def test_signal_to_one_rank_stops_both_with_a_checkpoint(data: Path, tmp_path: P
     assert "Stopped after step" in said
     assert list(only_run(tmp_path).glob("checkpoints/step-*"))
     # Asked for a spectrum, both stop between two batches as well.
-    launch = Launch([PLIANT, "spectrum", str(only_run(tmp_path)), "--at", *(["0.35:0.001:1.0"])]).start()
+    launch = Launch([PLIANT, "spectrum", str(only_run(tmp_path)), "--at", "0.35:0.01:1.0"]).start()
     wait_until(lambda: all(listens(process.pid) for process in launch.processes))
     launch.processes[1].send_signal(signal.SIGINT)
     for status, said in launch.finish():

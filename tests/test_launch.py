@@ -103,7 +103,14 @@ def test_tasks_of_srun_find_each_other(data: Path, one_process: list[dict[str, f
         assert got == pytest.approx(want, abs=1e-5)
 
 
-FAST = {"optimization__steps": 50, "optimization__lr": 0.003}
+FAST = {
+    "optimization__steps": 50,
+    "optimization__lr": 1e-4,
+    "batch__images": 16,
+    "batch__micro": 4,
+    "recipe__n": 3,
+    "evaluate_epochs": 0,
+}
 """fp32, as DeepSpeed has no fp64; at a rate at which rounding does not grow much in fifty steps."""
 
 

@@ -49,8 +49,8 @@ def estimated_gradient(logits: Tensor, baseline: Tensor, draws: int, *, to_go: b
 def test_estimate_comes_to_the_exact_gradient(baseline: float, to_go: bool) -> None:
     """Whatever the baseline; image by image: mixing their rewards up would show."""
     logits = torch.tensor([[0.3, -0.7, 0.1], [1.2, 0.4, -0.9]])
-    got = estimated_gradient(logits, torch.full((2,), baseline), 400_000, to_go=to_go)
-    torch.testing.assert_close(got, exact_gradient(logits), atol=4e-3, rtol=0)
+    got = estimated_gradient(logits, torch.full((2,), baseline), 100_000, to_go=to_go)
+    torch.testing.assert_close(got, exact_gradient(logits), atol=8e-3, rtol=0)
 
 
 def test_self_critical_baseline_lowers_the_variance() -> None:

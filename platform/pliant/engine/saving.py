@@ -74,6 +74,11 @@ class Saver:
         minutes = self._config.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Makes the memory that a copy of `state` takes, so that the first save need not."""
+        if self._ranks.first:
+            self._copy.take(state)
+
     def settle(self) -> None:
         """Waits for a write under way."""
         self._report(self._finished())

@@ -160,6 +160,7 @@ class Trainer:
             meter.pause()
             self._after_step(stage, beat)
             if step == steps.start:
+                self.saver.prepare(self._checkpoint(stage))  # the optimizer has its state now
                 self.ranks.wait_at_most(config.timeout_minutes)
             meter.resume()
         self._heed(beats.last())

@@ -43,6 +43,8 @@ class DataParallel(Single):
             # Torch 2.13 has a new name for it; both mean the same here, and 2.11 knows only this one.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._ddp = DistributedDataParallel(NextPass(net), broadcast_buffers=False)
+        # Depthwise kernels have the same memory in both layouts, which DDP's check does not see.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
     def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
         """The next pass, or None. DDP decides here whether its backward reduces."""

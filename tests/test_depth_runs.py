@@ -1,0 +1,140 @@
+"""Methods on depth, run as a user runs them: stages, resume, spectrum, pictures, refusals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pliant import cli
+from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from pliant.networks.resnet import ResNet
+from tests.runs import command, final_state, finish, only_run, same, tiny_cifar
+from tests.test_resume import start, wait_for
+from tests.tiny_run import refusal
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cifar(tmp_path_factory.mktemp("data"))
+
+
+def given(data: Path, runs: Path, method: str, *more: str) -> list[str]:
+    settings = {
+        "data.root": data,
+        "data.held-out": 0,
+        "runs": runs,
+        "recipe.network.depth": 14,
+        "batch.images": 16,
+        "batch.micro": 8,
+        "optimization.steps": STEPS,
+        "threads": 1,
+        "log-steps": 1,
+        "saving.every-steps": 2,
+    }
+    settings |= {"recipe.gates-share": 0.5} if method == "urnet" else {}
+    settings |= {"recipe.curriculum-share": 0.5, "recipe.grow": 0.5} if method == "blockdrop" else {}
+    settings |= {"recipe.sp-share": 0.5} if method == "skipnet" else {}
+    flat = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return command(*flat, *more, recipe=f"{method}_cifar10")
+
+
+METHODS = ("skipnet", "blockdrop", "urnet")
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp(request.param)
+    done = finish(given(data, runs, request.param))
+    assert done.returncode == 0, done.stderr
+    return only_run(runs)
+
+
+def test_run_has_its_stages(run: Path) -> None:
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    names = [line["stage"] for line in entries if line["event"] == "step"]
+    assert len(names) == STEPS
+    assert len(dict.fromkeys(names)) == 2
+    assert names == sorted(names, key=names.index), "one after the other"
+
+
+def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["spectrum", str(run)])
+    said = capsys.readouterr().out
+    measured = json.loads((run / "spectrum.json").read_text())
+    for line in measured["lines"]:
+        assert 0 <= line["figures"]["blocks"] <= 6
+        assert line["figures"]["policies"] >= 1
+        assert line["macs_sd"] >= 0
+        assert line["images"] == 40
+    with np.load(run / "spectrum.npz") as rows:
+        point = measured["lines"][0]["point"]
+        opened, macs = rows[f"{point}/open"], rows[f"{point}/macs"]
+        assert opened.shape == (40, 6)
+        assert macs.mean() == pytest.approx(measured["lines"][0]["macs"])
+        assert sorted(rows[f"{point}/position"].tolist()) == list(range(40))
+    for name in ("spectrum.png", "blocks.png", "classes.png"):
+        assert f"{run / name}" in said
+        with Image.open(run / name) as picture:
+            assert min(picture.size) > 300
+    masked = json.loads((run / "spectrum.json").read_text())
+    cli.main(["spectrum", str(run), "--execution", "grouped"])
+    grouped = json.loads((run / "spectrum.json").read_text())
+    for one, other in zip(masked["lines"], grouped["lines"], strict=True):
+        assert one["top1"] == other["top1"]
+        assert one["macs"] == other["macs"]
+
+
+@pytest.mark.parametrize("step", [4, 7])
+def test_stopped_before_and_after_the_change_of_stage_it_ends_the_same(
+    data: Path, run: Path, tmp_path: Path, step: int
+) -> None:
+    """Bit for bit."""
+    method = run.parent.name.removesuffix("_cifar10")
+    process = start(given(data, tmp_path, method))
+    wait_for(process, f"step {step}/{STEPS}")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    done = finish(given(data, tmp_path, method, "--resume", "auto"))
+    assert done.returncode == 0, done.stderr
+    one, two = final_state(only_run(tmp_path)), final_state(run)
+    for name in ("net", "rows", "optimizer"):
+        assert same(one[name], two[name]), name
+
+
+def test_pretrained_weights_are_begun_with_and_others_refused(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = ResNet(depth=14).build(10)
+    save_file(net.state_dict(), tmp_path / "r14.safetensors")
+    pretrained = ["--recipe.pretrained", str(tmp_path / "r14.safetensors"), "--optimization.steps", "0"]
+    done = finish(given(data, tmp_path / "right", "urnet", *pretrained))
+    assert done.returncode == 0, done.stderr
+    begun = final_state(only_run(tmp_path / "right"))["net"]
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(begun[f"backbone.{name}"], tensor), name
+    done = finish(given(data, tmp_path / "wrong", "urnet", *pretrained, "--recipe.network.depth", "20"))
+    assert done.returncode == EXIT_USER_ERROR
+    assert "holds the weights of another network" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "wrong").exists(), "nothing was begun"
+
+
+def test_what_makes_no_sense_for_a_method_is_refused(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, "spectrum", run, "--at", "0.5")
+    assert "point" in said or "scale" in said
+    assert "no ordinary network to export" in refusal(capsys, "export", run, "--at", _point(run))
+
+
+def _point(run: Path) -> str:
+    return "S0.5" if "urnet" in str(run) else "native"
