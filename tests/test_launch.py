@@ -108,7 +108,7 @@ FAST = {
     "optimization__lr": 1e-4,
     "batch__images": 16,
     "batch__micro": 4,
-    "recipe__n": 3,
+    "recipe__n": 2,
     "evaluate_epochs": 0,
 }
 """fp32, as DeepSpeed has no fp64; at a rate at which rounding does not grow much in fifty steps."""

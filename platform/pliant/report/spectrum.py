@@ -33,29 +33,35 @@ def title(spectrum: dict[str, Any]) -> str:
 
 
 def table(spectrum: dict[str, Any]) -> Table:
-    """One row per point, for a terminal."""
+    """One row per point, for a terminal. Where a method has figures of its own, they take the room of others."""
+    cells = [_cells(line) for line in spectrum["lines"]]
+    if len(cells) > 1:
+        mean = sum(line["top1"] for line in spectrum["lines"]) / len(cells)
+        cells.append({"point": "mean", "top-1 %": f"{100 * mean:.2f}"})
     rows = Table(title=title(spectrum), title_justify="left")
-    own = list(spectrum["lines"][0].get("figures", {}))  # the method's
-    spread = spectrum["lines"][0].get("macs_sd") is not None
-    names = ["point", "top-1 %", "top-5 %", "loss", "MACs (M)", *(["± (M)"] if spread else []), "parameters (M)"]
-    for name in (*names, *(name.replace("_sd", " ±") for name in own)):
-        rows.add_column(name, justify="right")  # in a narrow terminal the headings wrap, never the figures
-    for line in spectrum["lines"]:
-        rows.add_row(
-            line["point"],
-            f"{100 * line['top1']:.2f}",
-            f"{100 * line['top5']:.2f}",
-            f"{line['loss']:.3f}",
-            _millions(line["macs"]),
-            *([_millions(line["macs_sd"])] if spread else []),
-            _millions(line["parameters"], digits=3),
-            *(f"{line['figures'][name]:.4g}" for name in own),
-        )
-    if len(spectrum["lines"]) > 1:
-        rows.add_section()
-        mean = sum(line["top1"] for line in spectrum["lines"]) / len(spectrum["lines"])
-        rows.add_row("mean", f"{100 * mean:.2f}")
+    for name in cells[0]:
+        # In a narrow terminal the headings wrap, never the figures.
+        rows.add_column(name, justify="right", min_width=max(len(line.get(name, "")) for line in cells))
+    for number, line in enumerate(cells):
+        rows.add_row(*(line.get(name, "") for name in cells[0]), end_section=number == len(spectrum["lines"]) - 1)
     return rows
+
+
+def _cells(line: dict[str, Any]) -> dict[str, str]:
+    """A line of the spectrum as text, by heading."""
+    own = line.get("figures", {})
+    cells = {
+        "point": line["point"],
+        "top-1 %": f"{100 * line['top1']:.2f}",
+        "top-5 %": f"{100 * line['top5']:.2f}",
+        "loss": f"{line['loss']:.3f}",
+        "MACs (M)": _millions(line["macs"]),
+        "± (M)": _millions(line.get("macs_sd")),
+        "parameters (M)": _millions(line["parameters"], digits=3),
+    }
+    left_out = ("top-5 %", "parameters (M)") if own else ("± (M)",)
+    cells = {name: text for name, text in cells.items() if name not in left_out}
+    return cells | {name.replace("_sd", " ±"): f"{value:.2f}".removesuffix(".00") for name, value in own.items()}
 
 
 def _millions(value: float | None, digits: int = 2) -> str:
