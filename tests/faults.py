@@ -62,10 +62,11 @@ class Trial:
         pair = self.train()
         reached = {"anywhere": self._at_random, "checkpoint": self._in_a_write, "evaluation": self._in_validation}
         came = reached[instant](pair)
-        killed = came and pair.running()
-        if killed:
+        if came and pair.running():
             pair.kill(self.generator.randrange(2))
-        for status, said in pair.finish(_PATIENCE if killed else _LONGEST):
+        ends = pair.finish(_PATIENCE if came else _LONGEST)
+        killed = any(status == -signal.SIGKILL for status, _ in ends)  # it may have come to its end just before
+        for status, said in ends:
             # The other one leaves by itself; or, if they had not met yet, is ended by its launcher.
             assert status in ((-signal.SIGKILL, EXIT_RANKS_LOST) if killed else (0,)), f"{status}: {said}"
             assert "Traceback" not in said or killed, said

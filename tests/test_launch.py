@@ -105,13 +105,13 @@ def test_tasks_of_srun_find_each_other(data: Path, one_process: list[dict[str, f
 
 FAST = {
     "optimization__steps": 50,
-    "optimization__lr": 1e-4,
+    "optimization__lr": 2e-5,
     "batch__images": 16,
-    "batch__micro": 4,
+    "batch__micro": 8,
     "recipe__n": 2,
     "evaluate_epochs": 0,
 }
-"""fp32, as DeepSpeed has no fp64; at a rate at which rounding does not grow much in fifty steps."""
+"""fp32, as DeepSpeed has no fp64; at a rate at which a last bit does not grow in fifty steps."""
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +145,4 @@ def test_accelerate_with_a_deepspeed_file_trains_to_the_losses_of_ddp(
     several = losses(only_run(runs))
     assert len(several) == len(two_ranks_of_ddp) == 50
     for got, want in zip(several, two_ranks_of_ddp, strict=True):
-        assert got == pytest.approx(want, abs=2e-4)
+        assert got == pytest.approx(want, abs=5e-5)
