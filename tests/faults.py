@@ -67,8 +67,8 @@ class Trial:
         ends = pair.finish(_PATIENCE if came else _LONGEST)
         killed = any(status == -signal.SIGKILL for status, _ in ends)  # it may have come to its end just before
         for status, said in ends:
-            # The other one leaves by itself; or, if they had not met yet, is ended by its launcher.
-            assert status in ((-signal.SIGKILL, EXIT_RANKS_LOST) if killed else (0,)), f"{status}: {said}"
+            # The other one leaves by itself, or is at its end; if they had not met yet, its launcher ends it.
+            assert status in ((-signal.SIGKILL, EXIT_RANKS_LOST, 0) if killed else (0,)), f"{status}: {said}"
             assert "Traceback" not in said or killed, said
         self.kills[instant] += killed
         return killed

@@ -21,14 +21,20 @@ from pliant.engine.ranks import Ranks, join, leave
 from pliant.engine.step import accumulate
 from pliant.errors import UserError
 from pliant.experiment import Optimization
+from pliant.methods.blockdrop import BlockDrop
+from pliant.methods.skipnet import SkipNet
+from pliant.methods.urnet import URNet
 from pliant.methods.us_net import USNet
 from pliant.networks.mobilenet import MobileNet
+from pliant.networks.resnet import ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Recipe, Width
 from tests.small_recipes import ALL
 from tests.test_step import micro_batch, progress_at
 
 MICRO_BATCHES = 4
+R8 = ResNet(depth=8)
+DEPTH = (SkipNet(network=R8), SkipNet(network=R8, learning="hrl"), BlockDrop(network=R8), URNet(network=R8, p=0.5))
 US_NET = USNet(network=MobileNet(full=0.25, stem_stride=1, divisor=4), nonuniform=True)
 
 
@@ -77,7 +83,7 @@ def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> 
 
 
 def _equals_one_process(ranks: Ranks) -> None:
-    for recipe in (*ALL, US_NET):
+    for recipe in (*ALL, US_NET, *DEPTH):
         torch.manual_seed(1)
         net = recipe.build(3).double()
         reference = copy.deepcopy(net)
@@ -93,7 +99,7 @@ def _equals_one_process(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_and_statistics_are_those_of_one_process(ranks: int) -> None:
-    """Three ranks share four micro-batches unevenly."""
+    """Three ranks share four micro-batches unevenly; gates, policies and nonuniform widths differ per rank."""
     spawn(_equals_one_process, ranks)
 
 
