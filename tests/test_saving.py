@@ -76,6 +76,18 @@ def test_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.
         assert torch.equal(found.load()["value"], torch.full((3,), float(step)))
 
 
+def test_preparing_waits_for_a_write_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a stage ends with a save and the next one begins."""
+    go = slow_writes(monkeypatch)
+    with Saver(tmp_path, ALONE, Saving(), print) as saver:
+        saver.save(1, {"value": torch.ones(3)}, score=None, must=False)
+        threading.Timer(0.2, go.set).start()
+        saver.prepare({"value": torch.full((3,), 2.0)})
+    found = checkpoint.verify(tmp_path / "step-00000001")
+    assert isinstance(found, checkpoint.Checkpoint)
+    assert torch.equal(found.load()["value"], torch.ones(3))
+
+
 def test_failed_write_is_reported_and_only_a_must_ends_the_run(tmp_path: Path) -> None:
     said: list[str] = []
     with Saver(tmp_path / "there", ALONE, Saving(), said.append) as saver:

@@ -77,6 +77,7 @@ class Saver:
     def prepare(self, state: dict[str, Any]) -> None:
         """Makes the memory that a copy of `state` takes, so that the first save need not."""
         if self._ranks.first:
+            self.settle()  # a write under way, of the stage before, still reads that memory
             self._copy.take(state)
 
     def settle(self) -> None:
