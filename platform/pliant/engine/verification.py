@@ -46,8 +46,6 @@ def verify(
     """
     got = backend.gradients()
     net = copy.deepcopy(backend.whole())
-    for mine, theirs in zip(net.modules(), backend.whole().modules(), strict=True):
-        mine.training = theirs.training
     alone = Precision(precision.name, ranks.device)
     alone.load(precision.state())
     one = Single(net, Optimization(), alone)

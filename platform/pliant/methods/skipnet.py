@@ -97,7 +97,9 @@ class SkipNet(GatedRecipe):
         if name in ("hrl", "rl"):
             yield self._reinforced(gated, batch, draw, name)
             return
-        act = {"sp": straight_through, "soft": soft, "sdv": self._dropped(draw, batch.images)}[name]
+        act = {"sp": straight_through, "soft": soft, "sdv": self._dropped(draw.generator(batch.images.device, "sdv"))}[
+            name
+        ]
         walk: Walk = gated(batch.images, act, self.masked())
         loss = cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing)
         yield Pass(name, loss, {"blocks": walk.open.sum(1).mean()})
@@ -132,17 +134,15 @@ class SkipNet(GatedRecipe):
     def _sampled(self, generator: torch.Generator) -> Callable[[int, Tensor], Tensor]:
         return lambda number, logits: sample((logits / self.temperature).sigmoid(), generator)
 
-    def _dropped(self, draw: Draw, images: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def _dropped(self, generator: torch.Generator) -> Callable[[int, Tensor], Tensor]:
         """Whole blocks at random for each image, whatever the gate says; it learns nothing."""
-        generator = draw.generator(images.device, "sdv")
         return lambda number, logits: sample(torch.full_like(logits, self.sdv_rate), generator)
 
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         if self.learning != "sdv":
             return super().predict(net, images, point)
-        gated, generator = cast(GatedNet, net), content_generator(images)
-        act = lambda number, logits: sample(torch.full_like(logits, self.sdv_rate), generator)  # noqa: E731
-        return self.outcome(gated, images, gated(images, act, self.masked()))
+        gated = cast(GatedNet, net)
+        return self.outcome(gated, images, gated(images, self._dropped(content_generator(images)), self.masked()))
 
 
 def straight_through(number: int, logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ shortcut: through the block's ReLU (`inside`, as URNet's Y = X + gate F before i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -46,15 +47,13 @@ def grouped(block: Block, x: Tensor, gate: Tensor | None, closed: Closed) -> Ten
     if len(kept) == len(x):
         return block(x)  # type: ignore[no-any-return]
     shortcut = block.shortcut(x)
-    if closed == "inside" and isinstance(block.downsample, nn.Sequential):
-        shortcut = F.relu(shortcut) if len(kept) == 0 else shortcut
+    # A shortcut without a projection has no negative values: its ReLU would change nothing.
+    left = F.relu(shortcut) if closed == "inside" and isinstance(block.downsample, nn.Sequential) else shortcut
     if len(kept) == 0:
-        return shortcut
+        return left
     part = block.residual(_rows(x, kept)).add_(_rows(shortcut, kept))
-    if closed == "inside" and isinstance(block.downsample, nn.Sequential):
-        shortcut = F.relu(shortcut)
-    _put(shortcut, kept, F.relu(part, inplace=True))
-    return shortcut
+    _put(left, kept, F.relu(part, inplace=True))
+    return left
 
 
 def _rows(x: Tensor, kept: Tensor) -> Tensor:
@@ -69,8 +68,6 @@ def _put(x: Tensor, kept: Tensor, rows: Tensor) -> None:
 @torch.no_grad()
 def folded(net: ResidualNet) -> ResidualNet:
     """A copy for inference, batch norm folded into the convolutions."""
-    import copy
-
     plain = copy.deepcopy(net).eval()
     plain.conv1, plain.bn1 = fuse_conv_bn_eval(plain.conv1, plain.bn1), nn.Identity()  # type: ignore[assignment]
     for block in plain.blocks():

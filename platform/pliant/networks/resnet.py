@@ -9,6 +9,7 @@ Shapes: B images, C channels, H W pixels, K classes, N blocks.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -78,9 +79,9 @@ class Block(nn.Module):
         self.inputs, self.channels, self.outputs, self.stride = inputs, channels, outputs, stride
         self.downsample = shortcut
 
+    @abstractmethod
     def residual(self, x: Tensor) -> Tensor:
         """F(x): (B, C, H, W) to (B, C', H', W')."""
-        raise NotImplementedError
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What F(x) is added to: the input, in the shape of F(x)."""

@@ -152,9 +152,7 @@ class Zero:
         """Names of the values held by element, and the values held once."""
         for shard in self._shards():
             state = self.optimizer.state.get(shard, {})
-            by_element = [
-                key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shard.shape
-            ]
+            by_element = _by_element(state, shard.shape)
             return by_element, {key: value for key, value in state.items() if key not in by_element}
         return [], {}
 
