@@ -15,10 +15,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
-from pliant.methods.depth import GatedRecipe
+from pliant.methods.depth import GatedRecipe, gated_net
 from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
 from pliant.networks.gated import GatedNet, full
-from pliant.networks.gates import Ask, GatePerBlock, Gates, Policy, PooledGate, open_at_start
+from pliant.networks.gates import Ask, GatePerBlock, Gates, Policy, PooledGate
 from pliant.networks.resnet import Decide, ResidualNet, ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Pass, Progress, Stage
@@ -68,10 +68,7 @@ class BlockDrop(GatedRecipe):
 
     def build(self, classes: int) -> nn.Module:
         backbone = self.network.build(classes)
-        gates = self._gates(backbone)
-        if self.open_rate is not None:
-            open_at_start(gates, self.open_rate)
-        return GatedNet(backbone, gates)
+        return gated_net(backbone, self._gates(backbone), self.open_rate)
 
     def _gates(self, backbone: ResidualNet) -> Gates:
         if self.decide == "block by block":

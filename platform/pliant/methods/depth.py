@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from pliant.errors import UserError
 from pliant.networks.execution import Closed, Execution, runner
 from pliant.networks.gated import GatedNet, Walk, threshold
+from pliant.networks.gates import Gates, open_at_start
 from pliant.networks.resnet import ResidualNet, ResNet, Run
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Native, Outcome, Pass, Point, Progress, Recipe, Scale
@@ -74,6 +75,13 @@ def load_backbone(backbone: ResidualNet, path: Path) -> None:
                 "trained with."
             )
     backbone.load_state_dict(found, strict=False)
+
+
+def gated_net(backbone: ResidualNet, gates: Gates, open_rate: float | None, first: int = 0) -> GatedNet:
+    """The two together, the gates open at this rate at the start; None leaves them as they were drawn."""
+    if open_rate is not None:
+        open_at_start(gates, open_rate)
+    return GatedNet(backbone, gates, first)
 
 
 @dataclass(frozen=True, kw_only=True)

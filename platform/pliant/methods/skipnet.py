@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
-from pliant.methods.depth import GatedRecipe
+from pliant.methods.depth import GatedRecipe, gated_net
 from pliant.methods.reinforce import log_probability, policy_loss, returns_to_go, sample
 from pliant.networks.execution import Closed
 from pliant.networks.gated import GatedNet, Walk
-from pliant.networks.gates import GateKind, make_gates, open_at_start
+from pliant.networks.gates import GateKind, make_gates
 from pliant.networks.resnet import cost
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Outcome, Pass, Point, Progress, Stage
@@ -76,10 +76,7 @@ class SkipNet(GatedRecipe):
     def build(self, classes: int) -> nn.Module:
         backbone = self.network.build(classes)
         kind: GateKind = ("ff2" if self.network.depth > 100 else "ff1") if self.gate == "auto" else self.gate
-        gates = make_gates(kind, backbone, first=1)
-        if self.open_rate is not None:
-            open_at_start(gates, self.open_rate)
-        return GatedNet(backbone, gates, first=1)
+        return gated_net(backbone, make_gates(kind, backbone, first=1), self.open_rate, first=1)
 
     def stages(self) -> tuple[Stage, ...]:
         if self.learning == "sp+hrl":

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
-from pliant.methods.depth import GatedRecipe
+from pliant.methods.depth import GatedRecipe, gated_net
 from pliant.methods.reinforce import sample
 from pliant.methods.skipnet import content_generator
 from pliant.networks.execution import runner
 from pliant.networks.gated import GatedNet, Walk
-from pliant.networks.gates import ConditionalGate, GatePerBlock, Gates, Policy, open_at_start
+from pliant.networks.gates import ConditionalGate, GatePerBlock, Gates, Policy
 from pliant.networks.resnet import ResidualNet, ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Outcome, Pass, Point, Progress, Scale, Stage
@@ -82,10 +82,7 @@ class URNet(GatedRecipe):
 
     def build(self, classes: int) -> nn.Module:
         backbone = self.network.build(classes)
-        gates = self._gates(backbone)
-        if self.open_rate is not None:
-            open_at_start(gates, self.open_rate)
-        return GatedNet(backbone, gates)
+        return gated_net(backbone, self._gates(backbone), self.open_rate)
 
     def _gates(self, backbone: ResidualNet) -> Gates:
         if self.variant == "external":
