@@ -121,6 +121,19 @@ def test_the_newest_and_the_best_are_kept(scores, keep, left, tmp_path):
     assert (checkpoint.best(tmp_path) is None) if not scored else checkpoint.best(tmp_path).step == -max(scored)[1]
 
 
+def test_one_that_was_kept_is_asked_for_by_its_step(tmp_path):
+    for step in (20, 300):
+        save(tmp_path, step, score=0.5)
+    assert checkpoint.require(tmp_path, "20").step == 20
+    assert checkpoint.require(tmp_path, "newest").step == 300
+    for wrong in ("21", "last"):
+        with pytest.raises(UserError, match=rf"no checkpoint of step {wrong}: .* newest, best or one of 20, 300"):
+            checkpoint.require(tmp_path, wrong)
+    (tmp_path / "step-00000020" / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.require(tmp_path, "20")
+
+
 def test_best_passes_over_a_damaged_one(tmp_path):
     save(tmp_path, 1, 0.5)
     damaged = save(tmp_path, 2, 0.9)

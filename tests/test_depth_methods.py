@@ -279,8 +279,8 @@ def test_gates_are_sigmoids_with_probability_p_for_the_whole_batch() -> None:
     logits = torch.tensor([-1.0, 0.5, 2.0])
     soft = 0
     for step in range(200):
-        act = recipe._act(Draw(0, 0, step, 0), 0.5, batch().images)
-        other = recipe._act(Draw(0, 0, step, 1), 0.5, batch().images)
+        act = recipe._act(Draw(0, 0, step, 0), 0.5, batch().images, recipe.p)
+        other = recipe._act(Draw(0, 0, step, 1), 0.5, batch().images, recipe.p)
         for number in range(SMALL.number_of_blocks):
             gate = act(number, logits)
             assert torch.equal(gate, other(number, logits)), "all micro-batches of a step alike"
@@ -288,6 +288,19 @@ def test_gates_are_sigmoids_with_probability_p_for_the_whole_batch() -> None:
             assert is_soft or gate.tolist() == [0.0, 1.0, 1.0]
             soft += is_soft
     assert soft / (200 * SMALL.number_of_blocks) == pytest.approx(0.3, abs=0.04)
+
+
+def test_while_gates_learn_alone_they_may_be_sigmoids_more_often() -> None:
+    def share(recipe: URNet, stage: int) -> float:
+        """Of the iterations in which the open blocks are no whole number."""
+        net = built(recipe, stage)
+        steps = [next(recipe.iteration(net, batch(), Draw(0, stage, step, 0), at(stage))) for step in range(20)]
+        opened = [one.metrics["open"].item() * SMALL.number_of_blocks * IMAGES for one in steps]
+        return sum(abs(blocks - round(blocks)) > 1e-3 for blocks in opened) / len(steps)
+
+    assert share(URNet(network=SMALL, p=0.0001, gates_p=1.0), stage=0) > 0.9
+    assert share(URNet(network=SMALL, p=0.0001, gates_p=1.0), stage=1) == 0.0
+    assert share(URNet(network=SMALL, p=0.0001), stage=0) == 0.0
 
 
 def test_scale_is_drawn_between_its_bounds_once_per_step() -> None:
@@ -359,6 +372,7 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
         (lambda: BlockDrop(network=SMALL, alpha=0.5), "leaves no exploration"),
         (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),
         (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),
+        (lambda: URNet(network=SMALL, gates_p=2.0), "write --recipe.gates-p"),
         (lambda: URNet(network=SMALL, smallest=0.5, largest=0.4), "Scales lie in"),
         (lambda: URNet(network=SMALL, fixed=1.5), "A scale lies in"),
         (lambda: FixedBlocks(network=SMALL, rule="given", blocks=(6,)), "another number of blocks"),

@@ -20,6 +20,7 @@ from PIL import Image
 from pliant import record
 from pliant.engine.session import train
 from pliant.experiment import Batching, Experiment
+from pliant.methods.blockdrop import FixedBlocks
 from pliant.methods.depth import ResidualRecipe
 from tests.runs import REPOSITORY, losses, tiny_cifar
 from tests.test_step import ALONE
@@ -55,7 +56,8 @@ def small(experiment: Experiment, make_root: Callable[[str], Path], runs: Path) 
     recipe: Any = experiment.recipe
     if isinstance(recipe, ResidualRecipe):  # the recipe's settings on few blocks
         network = dataclasses.replace(recipe.network, depth=14 if recipe.network.form == "cifar" else 18)
-        recipe = dataclasses.replace(recipe, network=network)
+        fewer = {"keep": network.number_of_blocks // 2} if isinstance(recipe, FixedBlocks) else {}
+        recipe = dataclasses.replace(recipe, network=network, **fewer)
     return dataclasses.replace(
         experiment,
         recipe=recipe,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from pliant.engine import backends
 from pliant.engine import step as step_module
 from pliant.engine.backends import Backend, ddp, wrap
 from pliant.engine.batchnorm import RunningStatistics
+from pliant.engine.optimization import placed
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.engine.rehearsal import rehearse
@@ -83,18 +86,20 @@ def check_gradients(kind: str, ranks: Ranks, precision: str) -> None:
         torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
 
 
-def bare_optimizer(net: nn.Module) -> torch.optim.SGD:
+def bare_optimizer(net: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
     """Two groups: biases do not decay."""
     kernels = [parameter for parameter in net.parameters() if parameter.ndim > 1]
     biases = [parameter for parameter in net.parameters() if parameter.ndim == 1]
     groups = [{"params": kernels, "weight_decay": 0.01}, {"params": biases, "weight_decay": 0.0}]
+    if kind == "adam":
+        return torch.optim.Adam(groups, lr=1e-3)
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
 
 
 def bare_update(
     recipe: Touches, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int, bf16: bool
 ) -> None:
-    """Torch's own clipping and SGD, on zero gradients where no pass came by."""
+    """Torch's own clipping and step, on zero gradients where no pass came by."""
     for parameter, gradient in zip(
         net.parameters(), bare_gradients(recipe, net, step, total, bf16).values(), strict=True
     ):
@@ -173,20 +178,22 @@ def test_zero_3_is_refused_where_ranks_run_unlike_layers() -> None:
     spawn(_refused, 2)
 
 
-def _goes_on(ranks: Ranks) -> None:
+def _goes_on(ranks: Ranks, kind_of: Literal["sgd", "adam"]) -> None:
     """Optimizer state moves between backends: three steps on one, three on the next, as six on one process."""
+    config = dataclasses.replace(OPTIMIZATION, optimizer=kind_of)
+    lr, kept = (0.1, "momentum_buffer") if kind_of == "sgd" else (1e-3, "exp_avg_sq")
     recipe, order = Touches(alike=True), ("zero3", "zero1", "ddp", "zero2", "zero0")
     torch.manual_seed(0)
     net = recipe.build(5)
     bare = copy.deepcopy(net)
-    optimizer = bare_optimizer(bare)
+    optimizer = bare_optimizer(bare, kind_of)
     state: dict[str, dict[str, object]] = {}
     for turn, kind in enumerate(order):
-        backend = wrap(net, ranks, kind, OPTIMIZATION, Precision("fp32", ranks.device))
+        backend = wrap(net, ranks, kind, config, Precision("fp32", ranks.device))
         backend.load_optimizer_state(state)
         for step in range(3 * turn, 3 * turn + 3):
             take_step(recipe, backend, net, ranks, step, ranks.count)
-            backend.update(0.1)
+            backend.update(lr)
             bare_update(recipe, bare, optimizer, step, ranks.count, bf16=False)
         state = copy.deepcopy(backend.optimizer_state())
         net = backend.close()
@@ -194,12 +201,22 @@ def _goes_on(ranks: Ranks) -> None:
             torch.testing.assert_close(
                 mine, theirs, atol=1e-5, rtol=1e-5, msg=lambda t, n=name, k=kind: f"{k} {n}: {t}"
             )
-            buffer = optimizer.state[theirs]["momentum_buffer"]
-            torch.testing.assert_close(state[name]["momentum_buffer"], buffer, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(state[name][kept], optimizer.state[theirs][kept], atol=1e-5, rtol=1e-5)
 
 
-def test_another_backend_goes_on_with_the_optimizer_state() -> None:
-    spawn(_goes_on, 2)
+@pytest.mark.parametrize("kind_of", ["sgd", "adam"])
+def test_another_backend_goes_on_with_the_optimizer_state(kind_of: str) -> None:
+    spawn(_goes_on, 2, kind_of)
+
+
+def test_state_lies_where_a_fused_step_looks_for_it() -> None:
+    there = torch.nn.Parameter(torch.zeros(2, 3, 4, 4, device="meta").to(memory_format=torch.channels_last))
+    assert placed(torch.tensor(3.0), there).device == there.device
+    assert placed(torch.ones(2, 3, 4, 4), there).stride() == there.stride()
+    count = torch.tensor(3.0)
+    placed(count, torch.nn.Parameter(torch.zeros(2))).add_(1)
+    assert count == 3.0
+    assert placed(True, there) is True
 
 
 def _skips(ranks: Ranks, kind: str) -> None:

@@ -47,8 +47,8 @@ class Ask:
     """Folder of the run, as train named it."""
     at: tuple[str, ...] = ()
     """Points, for instance 0.35 0.5 1.0, or a range with its step: 0.35:0.05:1.0. Default: the recipe's own."""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """best: by the held-out split."""
+    checkpoint: str = "newest"
+    """newest, best (by the held-out split), or the step of one that was kept."""
     root: Path | None = None
     """Where the dataset lies now, if it has moved."""
     images: int | None = None

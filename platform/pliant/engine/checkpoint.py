@@ -126,15 +126,30 @@ def best(folder: Path) -> Checkpoint | None:
 
 
 def require(folder: Path, which: str) -> Checkpoint:
-    """The `newest` or the `best` checkpoint of a run.
+    """The `newest` or the `best` checkpoint of a run, or the one of the step that `which` counts.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or `which` is none of the three.
     """
+    if which not in ("newest", "best"):
+        return _of_step(folder, which)
     found = best(folder) if which == "best" else newest(folder)
     if found is None:
         what = "with a score on a held-out split" if which == "best" else "that is whole"
         raise UserError(f"{folder} holds no checkpoint {what}: train first, or write the folder of another run.")
+    return found
+
+
+def _of_step(folder: Path, step: str) -> Checkpoint:
+    paths = {str(int(path.name.removeprefix("step-"))): path for path in folders(folder)}
+    if step not in paths:
+        raise UserError(
+            f"{folder} holds no checkpoint of step {step}: write --checkpoint with newest, best or one of "
+            f"{', '.join(paths) or 'none'}."
+        )
+    found = verify(paths[step])
+    if isinstance(found, str):
+        raise UserError(f"{found}: write another --checkpoint.")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,16 @@ def make_optimizer(net: nn.Module, config: Optimization) -> Optimizer:
         nesterov=config.nesterov and config.momentum > 0,
         fused=True,
     )
+
+
+def placed(value: Any, parameter: Tensor) -> Any:
+    """A copy of one value of an optimizer's state, where a fused step looks for it: on the parameter's device, and in
+    its memory layout if it is as large."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter).copy_(value)
+    return value.to(parameter.device, copy=True)
 
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: ScheduleName, floor: float = 0.0) -> float:

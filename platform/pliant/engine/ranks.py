@@ -136,7 +136,7 @@ def join(requested: int | None = None, environment: dict[str, str] | None = None
     declared = int(env.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in env:
         _refuse_strangers(env)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = Ranks(0, 1, device)
     if declared > 1:
         ranks = _join_group(device)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -160,13 +160,12 @@ class Trained:
             )
 
 
-def open_run(
-    path: Path, ranks: Ranks, *, which: Literal["newest", "best"] = "newest", root: Path | None = None
-) -> Trained:
-    """Collective. A run's network, from its newest or best checkpoint.
+def open_run(path: Path, ranks: Ranks, *, which: str = "newest", root: Path | None = None) -> Trained:
+    """Collective. A run's network, from one of its checkpoints.
 
     Args:
         path: the run's folder.
+        which: newest, best or a step, as `checkpoint.require` reads it.
         root: where the dataset lies now; default: where it lay.
 
     Raises:

@@ -41,6 +41,8 @@ class URNet(GatedRecipe):
     """r of the gating module: 2 on CIFAR, 16 on ImageNet."""
     p: float = 0.1
     """Probability that a gate is a sigmoid in training, drawn for each gate and iteration."""
+    gates_p: float | None = None
+    """The same while only the gates learn; default: p. Few epochs need a larger one: 0.5."""
     beta: float = 2.0
     """Weight of the scale loss (Eq. 5): 2 in Table 1, 4 on ImageNet."""
     smallest: float = 0.2
@@ -64,8 +66,9 @@ class URNet(GatedRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.p <= 1.0:
-            raise UserError(f"A probability lies in [0, 1]: write --recipe.p so, not {self.p:g}.")
+        for name, value in (("p", self.p), ("gates-p", self.gates_p)):
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise UserError(f"A probability lies in [0, 1]: write --recipe.{name} so, not {value:g}.")
         if not 0.0 <= self.smallest <= self.largest <= 1.0:
             raise UserError(
                 f"Scales lie in [0, 1], the smaller first: got {self.smallest:g} and {self.largest:g} as "
@@ -104,7 +107,9 @@ class URNet(GatedRecipe):
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
         scale = self.scale(draw, progress)
-        walk: Walk = cast(GatedNet, net)(batch.images, self._act(draw, scale, batch.images), self.masked(), scale)
+        walk: Walk = cast(GatedNet, net)(
+            batch.images, self._act(draw, scale, batch.images, self._p(progress)), self.masked(), scale
+        )
         loss = cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing)
         metrics = {"cross_entropy": loss.detach(), "open": walk.open.detach().mean(), "scale": loss.new_tensor(scale)}
         if self.variant in ("urnet", "external"):
@@ -126,8 +131,12 @@ class URNet(GatedRecipe):
         share = opened.mean(1) if self.per_image else opened.mean()
         return (share - scale).square().mean()
 
-    def _act(self, draw: Draw, scale: float, images: Tensor) -> Callable[[int, Tensor], Tensor]:
-        soft = draw.shared("gate activation").random(self.network.number_of_blocks) < self.p
+    def _p(self, progress: Progress) -> float:
+        gates_alone = self.stages()[progress.stage].name == "gates"
+        return self.gates_p if gates_alone and self.gates_p is not None else self.p
+
+    def _act(self, draw: Draw, scale: float, images: Tensor, p: float) -> Callable[[int, Tensor], Tensor]:
+        soft = draw.shared("gate activation").random(self.network.number_of_blocks) < p
 
         def activate(number: int, logits: Tensor) -> Tensor:
             """Sigmoid for all images, or step: the draw is the gate's, not the image's."""

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pliant.engine.optimization import Update, make_optimizer, update
+from pliant.engine.optimization import Update, make_optimizer, placed, update
 from pliant.engine.precision import Precision
 from pliant.experiment import Optimization
 from pliant.recipe import Pass
@@ -60,13 +59,10 @@ class Single:
         return {name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self._learning().items()}
 
     def load_optimizer_state(self, state: dict[str, dict[str, Any]]) -> None:
-        """In the memory layout of the parameters, as if it had grown here."""
+        """As if it had grown here."""
         for name, parameter in self._learning().items():
             for key, value in state.get(name, {}).items():
-                own = value
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    own = torch.empty_like(parameter).copy_(value)
-                self.optimizer.state[parameter][key] = own
+                self.optimizer.state[parameter][key] = placed(value, parameter)
 
     def close(self) -> nn.Module:
         """The network as it is."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.engine.backends.ddp import NextPass
-from pliant.engine.optimization import Update, make_optimizer, update
+from pliant.engine.optimization import Update, make_optimizer, placed, update
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.errors import UserError, optional_import
@@ -177,7 +177,9 @@ class Zero:
         learning = self._learning()
         if self.stage == 0:
             for name, one in learning.items():
-                self.optimizer.state[one].update(copy.deepcopy(state.get(name, {})))
+                self.optimizer.state[one].update(
+                    {key: placed(value, one) for key, value in state.get(name, {}).items()}
+                )
             return
         name, first = next(iter(state.items()), ("", {}))
         if not first:  # no step was taken yet
@@ -185,7 +187,9 @@ class Zero:
         by_element = _by_element(first, getattr(learning[name], "ds_shape", learning[name].shape))
         for shard in self._shards():
             own = {key: torch.zeros_like(shard) for key in by_element}
-            self.optimizer.state[shard].update(own, **{k: v for k, v in first.items() if k not in by_element})
+            # A copy for each: a step counts in place.
+            once = {key: placed(value, shard) for key, value in first.items() if key not in by_element}
+            self.optimizer.state[shard].update(own | once)
         self._link_states()
         for name, one in learning.items():
             for key in by_element:
