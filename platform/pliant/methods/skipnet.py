@@ -22,7 +22,7 @@ from pliant.networks.gated import GatedNet, Walk
 from pliant.networks.gates import GateKind, make_gates
 from pliant.networks.resnet import cost
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Outcome, Pass, Point, Progress, Stage
+from pliant.recipe import Batch, Outcome, Pass, Point, Progress, ScheduleName, Stage
 
 Learning = Literal["sp+hrl", "sp", "hrl", "rl", "soft", "sdv"]
 
@@ -44,6 +44,8 @@ class SkipNet(GatedRecipe):
     """Share of the run in pre-training."""
     hrl_rate: float = 1e-3
     """Factor on the learning rate in HRL: 1e-4 after 0.1 in the paper (section 4)."""
+    hrl_schedule: ScheduleName = "constant"
+    """Its shape there: the paper names none; a short run at a higher rate wants to end low."""
     alpha: float = 1.0
     """Weight of what is skipped (Eq. 5)."""
     beta: float = 1.0
@@ -82,7 +84,7 @@ class SkipNet(GatedRecipe):
         if self.learning == "sp+hrl":
             return (
                 Stage(name="sp", share=self.sp_share),
-                Stage(name="hrl", share=1.0 - self.sp_share, learning_rate=self.hrl_rate, schedule="constant"),
+                Stage(name="hrl", share=1.0 - self.sp_share, learning_rate=self.hrl_rate, schedule=self.hrl_schedule),
             )
         return (Stage(name=self.learning),)
 
