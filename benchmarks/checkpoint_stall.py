@@ -4,7 +4,7 @@
 
 The state is 300 MB: the weights and momentum of a convolutional network. Turns of steps with one save at their start
 alternate with turns without, and after each pair one blocking save with the same guarantees (flushed, hashed, renamed)
-is timed. `stall_ratio` is the time that saves added to the turns over the time of as many blocking saves. The memory of
+is timed. `stall_ratio` is the time that saves add to their turns over the time of as many blocking saves. The memory of
 the copy is made beforehand, as the trainer does after its first step.
 """
 
@@ -45,7 +45,7 @@ class Settings:
     saves: int = 4
     """Turns with a save, and as many without; 4 turns of 50 are 200 steps."""
     rounds: int = 3
-    """How often all that is done; the median counts."""
+    """How often all that is done; medians over all turns count."""
     threads: int = 2
     folder: Path | None = None
     """Where checkpoints are written; default: the system's temporary folder."""
@@ -86,52 +86,71 @@ def megabytes(state: dict[str, Any]) -> float:
     return sum(megabytes(value) for value in state.values()) if isinstance(state, dict) else 0.0
 
 
-def round_of(training: Training, saver: Saver, folder: Path, settings: Settings) -> tuple[float, float]:
-    """Seconds that the saves added, and seconds of as many blocking saves."""
-    taken = {True: 0.0, False: 0.0}
-    blocking = 0.0
-    for number in range(settings.saves):
-        for saving in (True, False) if number % 2 else (False, True):
-            started = time.perf_counter()
-            if saving:
-                saver.save(number, training.state(), score=None, must=False)
-            for _ in range(settings.steps):
-                training.step()
-            saver.settle()  # what is still to be written would slow later steps down
-            taken[saving] += time.perf_counter() - started
+def turn(training: Training, saver: Saver, number: int | None, steps: int) -> list[float]:
+    """Seconds of a save, of each step after it, and of what was left to write then; without `number`, of steps alone."""
+    taken = []
+    for index in range(steps + 2):
         started = time.perf_counter()
-        checkpoint.save(folder / "blocking", number, training.state(), score=None, keep=2)
-        blocking += time.perf_counter() - started
-    return taken[True] - taken[False], blocking
+        if index == 0 and number is not None:
+            saver.save(number, training.state(), score=None, must=False)
+        elif index == steps + 1:
+            saver.settle()
+        elif index:
+            training.step()
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+def blocking(training: Training, folder: Path, number: int) -> float:
+    """Seconds of a save that training waits for."""
+    started = time.perf_counter()
+    checkpoint.save(folder, number, training.state(), score=None, keep=2)
+    return time.perf_counter() - started
+
+
+def extra(saving: list[list[float]], without: list[list[float]]) -> float:
+    """Seconds that a save adds to its turn: the sum over places in a turn of the medians' differences. A shared machine
+    slows single steps by more than a save costs; a median at each place passes that by."""
+    with_medians, medians = (
+        [statistics.median(place) for place in zip(*turns, strict=True)] for turns in (saving, without)
+    )
+    return sum(one - other for one, other in zip(with_medians, medians, strict=True))
 
 
 def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     training = Training()
     size = megabytes(training.state())
-    rounds = []
+    saving: list[list[float]] = []
+    without: list[list[float]] = []
+    waits: list[float] = []
     with tempfile.TemporaryDirectory(dir=settings.folder) as name:
         folder = Path(name)
-        for _ in range(settings.rounds):
-            with Saver(folder / "background", ALONE, Saving(), print) as saver:
-                saver.prepare(training.state())
-                extra, blocking = round_of(training, saver, folder, settings)
-            rounds.append((extra, blocking))
-            print(
-                f"{settings.saves} saves of {size:.0f} MB: {extra:.2f} s more for {settings.saves * settings.steps} "
-                f"steps; {blocking:.2f} s when training waits",
-                flush=True,
-            )
+        with Saver(folder / "background", ALONE, Saving(), print) as saver:
+            saver.prepare(training.state())
+            for number in range(settings.saves * settings.rounds):
+                for saves in (True, False) if number % 2 else (False, True):
+                    taken = turn(training, saver, number if saves else None, settings.steps)
+                    (saving if saves else without).append(taken)
+                waits.append(blocking(training, folder / "blocking", number))
+                print(
+                    f"turn {number + 1} of {settings.saves * settings.rounds}: a save of {size:.0f} MB adds "
+                    f"{extra(saving, without):.2f} s, one that training waits for {statistics.median(waits):.2f} s",
+                    flush=True,
+                )
+    one, wait = extra(saving, without), statistics.median(waits)
     print(
         json.dumps(
             {
                 "benchmark": "checkpoint_stall",
-                "stall_ratio": round(statistics.median(extra / blocking for extra, blocking in rounds), 4),
-                "extra_s": round(statistics.median(extra for extra, _ in rounds), 3),
-                "blocking_s": round(statistics.median(blocking for _, blocking in rounds), 3),
+                "stall_ratio": round(one / wait, 4),
+                "extra_s": round(settings.saves * one, 3),
+                "blocking_s": round(settings.saves * wait, 3),
+                "step_s": round(statistics.median(itertools.chain.from_iterable(turn[1:-1] for turn in without)), 4),
                 "megabytes": round(size),
                 "steps": settings.saves * settings.steps,
                 "saves": settings.saves,
+                "rounds": settings.rounds,
                 "threads": settings.threads,
             }
         )

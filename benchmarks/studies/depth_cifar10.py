@@ -1,0 +1,237 @@
+"""SkipNet, BlockDrop and URNet on CIFAR-10 from one pretrained ResNet-32, with all that they have to beat.
+
+    python benchmarks/studies/depth_cifar10.py --root data/cifar10 --pretrained resnet32.safetensors \
+        --smaller resnet20.safetensors
+
+Every row is a recipe file with options, trained, measured on the 10,000 test images, and written to the results at
+once. Stopped at any time and started again, it goes on where it stood. With a GPU, several rows train side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SCALES = ("S0.2", "S0.4", "S0.6", "S0.8", "S1")
+STEPS_OF_EPOCH = 45_000 // 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training and its measurements."""
+
+    recipe: str
+    """File in recipes/."""
+    options: tuple[str, ...]
+    epochs: tuple[float, ...]
+    """Of each stage; the last alone where there is one stage; (0,) measures what it begins with."""
+    at: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    """Points whose commonest policy is frozen and fine-tuned as long as the last stage."""
+
+
+def depth(epochs: Sequence[float], *options: str) -> tuple[str, ...]:
+    """What all rows have in common."""
+    given = ("--optimization.steps", "0") if not sum(epochs) else ("--optimization.epochs", f"{sum(epochs):g}")
+    return (
+        *("--recipe.network.shortcut", "pad", "--data.statistics", "imagenet", "--data.held-out", "5000"),
+        *("--batch.images", "256", "--batch.micro", "256", "--optimization.floor", "0.01"),
+        *("--optimization.schedule", "cosine", "--evaluate-epochs", "5", "--saving.keep", "100", "--log-steps", "50"),
+        *given,
+        *options,
+    )
+
+
+def blockdrop(*options: str, epochs: tuple[float, float] = (26, 16)) -> Row:
+    """The curriculum, then joint fine-tuning."""
+    share = f"{epochs[0] / sum(epochs):.6f}"
+    own = ("--optimization.lr", "1e-3", "--recipe.joint-rate", "0.3", "--recipe.grow", "0.6")
+    return Row(
+        "blockdrop_cifar10",
+        depth(epochs, *own, "--recipe.joint-gamma", "5", "--recipe.curriculum-share", share, *options),
+        epochs,
+        frozen=("native",),
+    )
+
+
+def skipnet(*options: str, epochs: tuple[float, ...] = (18, 8)) -> Row:
+    """Supervised, then hybrid; or what `options` make of it, in one stage."""
+    share = (f"--recipe.sp-share={epochs[0] / sum(epochs):.6f}",) if len(epochs) > 1 else ()
+    frozen = ("native",) if len(epochs) > 1 else ()
+    return Row("skipnet_cifar10", depth(epochs, "--optimization.lr", "0.04", *share, *options), epochs, frozen=frozen)
+
+
+def urnet(*options: str, epochs: tuple[float, ...] = (5, 30), frozen: tuple[str, ...] = ()) -> Row:
+    """Gates, then everything; or everything at once where the variant has one stage."""
+    if len(epochs) > 1:
+        share = f"--recipe.gates-share={epochs[0] / sum(epochs):.6f}"
+        own: tuple[str, ...] = ("--optimization.lr", "5e-3", "--recipe.joint-rate", "0.2", share, "--recipe.beta", "8")
+    else:
+        own = ("--optimization.lr", "1e-3")
+    return Row("urnet_cifar10", depth(epochs, *own, *options), epochs, SCALES, frozen)
+
+
+def fixed(rule: str, keep: int, epochs: float, *options: str) -> Row:
+    """Blocks that no image has a say in."""
+    own = ("--optimization.lr", "1e-3", "--recipe.rule", rule, "--recipe.keep", str(keep))
+    return Row("fixed_blocks_cifar10", depth((epochs,), *own, *options), (epochs,))
+
+
+ROWS = {
+    "skipnet": skipnet("--recipe.alpha", "2", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
+    "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
+    "blockdrop": blockdrop("--recipe.gamma", "1"),
+    "blockdrop gamma 2": blockdrop("--recipe.gamma", "2"),
+    "urnet p 0.2": urnet("--recipe.p", "0.2", "--recipe.gates-p", "0.5"),
+    "skipnet alpha 5": skipnet("--recipe.alpha", "5", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
+    "skipnet soft": skipnet("--recipe.learning", "soft", "--recipe.open-rate", "0.8", epochs=(18,)),
+    "skipnet rl": skipnet("--recipe.learning", "rl", "--optimization.lr=0.001", epochs=(6,)),
+    "skipnet sdv": skipnet("--recipe.learning", "sdv", "--recipe.sdv-rate", "0.75", epochs=(18,)),
+    "skipnet hrl": skipnet("--recipe.learning", "hrl", "--recipe.alpha", "2", "--optimization.lr=0.01", epochs=(12,)),
+    "urnet sg": urnet("--recipe.p", "1", epochs=(3, 12)),
+    "urnet bg": urnet("--recipe.p", "0", epochs=(15,)),
+    "urnet random": urnet("--recipe.variant", "random", epochs=(15,)),
+    "urnet random test": urnet("--recipe.variant", "random_test", epochs=(0,)),
+    "urnet attention": urnet("--recipe.variant", "attention", epochs=(15,)),
+    "urnet external": urnet("--recipe.variant", "external", "--recipe.gates-p", "0.5", epochs=(3, 12)),
+    "resnet-32": fixed("first", 15, 0),
+    "resnet-20": fixed("first", 9, 0),
+    **{f"{rule} 10": fixed(rule, 10, 0) for rule in ("first", "random", "distribute")},
+    **{f"{rule} 8 tuned": fixed(rule, 8, 16) for rule in ("first", "random", "distribute")},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is trained, from what, and where to."""
+
+    root: Path
+    """CIFAR-10, in its own files."""
+    pretrained: Path
+    """Weights of a ResNet-32."""
+    smaller: Path
+    """Weights of a ResNet-20, for comparison."""
+    runs: Path = Path("runs/depth_cifar10")
+    results: Path = Path("runs/depth_cifar10.json")
+    only: tuple[str, ...] = ()
+    """Names of rows; default: all."""
+    side_by_side: int = 1
+    """Rows that train at the same time."""
+    options: tuple[str, ...] = field(default=())
+    """For every training, after its own: --options=--threads=1."""
+
+
+def ask(name: str, settings: Settings, arguments: Sequence[str]) -> None:
+    """One command to its end, its words in NAME.txt.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    settings.runs.mkdir(parents=True, exist_ok=True)
+    path = settings.runs / f"{name.replace(' ', '_')}.txt"
+    with path.open("a") as log:
+        done = subprocess.run([sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with status {done.returncode}: see {path}")
+
+
+def train(name: str, row: Row, settings: Settings) -> Path:
+    """Trains a row, or goes on with it; the run's folder."""
+    smaller = name == "resnet-20"
+    network = ("--recipe.network.depth", "20" if smaller else "32")
+    weights = ("--recipe.pretrained", str(settings.smaller if smaller else settings.pretrained))
+    runs = settings.runs / name.replace(" ", "_")
+    own = ("--data.root", str(settings.root), "--runs", str(runs), "--resume", "auto", *network, *weights)
+    ask(name, settings, [str(RECIPES / f"{row.recipe}.py"), *own, *row.options, *settings.options])
+    return max((runs / row.recipe).iterdir())
+
+
+def measure(name: str, row: Row, run: Path, settings: Settings, checkpoint: str = "newest") -> list[dict[str, Any]]:
+    """Its spectrum, each point with which test images it got right."""
+    at = ("--at", *row.at) if row.at else ()
+    program = "from pliant.cli import main; main()"
+    ask(name, settings, ["-c", program, "spectrum", str(run), "--checkpoint", checkpoint, *at])
+    found = json.loads((run / "spectrum.json").read_text())["lines"]
+    with np.load(run / "spectrum.npz") as rows:
+        for line in found:
+            line["right"] = rows[f"{line['point']}/right"][np.argsort(rows[f"{line['point']}/position"])] > 0
+            line["opened"] = rows[f"{line['point']}/open"].round().astype(int)
+    return found  # type: ignore[no-any-return]
+
+
+def commonest(opened: np.ndarray[Any, Any]) -> tuple[list[int], float]:
+    """The blocks of the policy that most images share, and the share."""
+    policies, images = np.unique(opened, axis=0, return_counts=True)
+    return np.flatnonzero(policies[images.argmax()]).tolist(), float(images.max() / len(opened))
+
+
+def plain(line: dict[str, Any], reference: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """A point for the results; `ahead` of the ResNet-20 on the same images, with the 95 % interval's half width."""
+    apart = line["right"].astype(float) - reference
+    blocks, share = commonest(line["opened"])
+    return {
+        "point": line["point"],
+        "top1": line["top1"],
+        "macs": line["macs"],
+        "macs_sd": line["macs_sd"],
+        **line["figures"],
+        "commonest": blocks,
+        "commonest_share": round(share, 4),
+        "ahead": round(apart.mean(), 5),
+        "ahead_within": round(1.96 * apart.std() / math.sqrt(len(apart)), 5),
+    }
+
+
+def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """All of one row: what the results hold of it."""
+    started = time.time()
+    run = train(name, row, settings)
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    done: dict[str, Any] = {
+        "recipe": row.recipe,
+        "options": " ".join(row.options),
+        "epochs": list(row.epochs),
+        "training_minutes": round(sum(event.get("seconds", 0) for event in events if event["event"] == "step") / 60, 1),
+    }
+    if len(row.epochs) > 1:
+        boundary = str(round(row.epochs[0] * STEPS_OF_EPOCH))
+        done["before"] = [plain(line, reference) for line in measure(name, row, run, settings, boundary)]
+    lines = measure(name, row, run, settings)
+    done["points"] = [plain(line, reference) for line in lines]
+    for line in lines:
+        if line["point"] in row.frozen:
+            blocks, _ = commonest(line["opened"])
+            given = fixed("given", len(blocks), row.epochs[-1], "--recipe.blocks", *map(str, blocks))
+            done[f"frozen {line['point']}"] = work(f"{name} frozen {line['point']}", given, settings, reference)
+    print(f"{name}: {(time.time() - started) / 60:.1f} minutes", flush=True)
+    return done
+
+
+def main(settings: Settings) -> None:
+    results = json.loads(settings.results.read_text()) if settings.results.is_file() else {}
+    wanted = [name for name in (settings.only or ROWS) if name not in results]
+    smaller = ROWS["resnet-20"]
+    found = measure("resnet-20", smaller, train("resnet-20", smaller, settings), settings)
+    reference = found[0]["right"].astype(float)
+    with ThreadPoolExecutor(settings.side_by_side) as pool:
+        futures = {name: pool.submit(work, name, ROWS[name], settings, reference) for name in wanted}
+        for name, future in futures.items():
+            results[name] = future.result()
+            settings.results.parent.mkdir(parents=True, exist_ok=True)
+            settings.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
