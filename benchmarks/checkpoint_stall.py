@@ -87,7 +87,7 @@ def megabytes(state: dict[str, Any]) -> float:
 
 
 def turn(training: Training, saver: Saver, number: int | None, steps: int) -> list[float]:
-    """Seconds of a save, of each step after it, and of what was left to write then; without `number`, of steps alone."""
+    """Seconds of a save, of each step after it, and of writing what was left then; without `number`, of steps alone."""
     taken = []
     for index in range(steps + 2):
         started = time.perf_counter()

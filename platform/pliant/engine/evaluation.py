@@ -6,19 +6,37 @@ Every image counts exactly once over any number of ranks: sums are added up, nev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from pliant.data import Feed, SplitName
+from pliant.engine.agreement import heeded
+from pliant.engine.interruption import Interruption
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.recipe import Batch, Measurement, Outcome, Point, Recipe
 
 Rows = dict[str, Tensor]
 """By name, one row per image: position in its split, label, right, macs, and the method's marks."""
+
+
+@contextmanager
+def shared_out(
+    feed: Feed, split: SplitName, batch: int, ranks: Ranks, interruption: Interruption
+) -> Iterator[Iterator[Batch]]:
+    """Collective. This rank's batches of a split.
+
+    Raises:
+        Stopped: (from the iterator) asked to stop, on all ranks at the same batch.
+    """
+    rounds = -(-feed.evaluation_batches(split, batch) // ranks.count)
+    with feed.evaluation(split, batch=batch, rank=ranks.rank, ranks=ranks.count) as batches:
+        yield heeded(batches, rounds, ranks, interruption)
 
 
 @torch.no_grad()

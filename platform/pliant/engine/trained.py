@@ -27,7 +27,7 @@ from pliant.engine.batchnorm import (
     twin,
     unflatten_,
 )
-from pliant.engine.evaluation import Rows, evaluate
+from pliant.engine.evaluation import Rows, evaluate, shared_out
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption, Stopped, listening
 from pliant.engine.precision import Precision
@@ -148,12 +148,11 @@ class Trained:
     ) -> list[Measurement]:
         """Collective. Accuracy and cost at each point, each image decoded once; `rows` as in `evaluate`."""
         batch = self.experiment.batch.micro
-        rounds = -(-self.feed.evaluation_batches(split, batch) // self.ranks.count)
-        with self.feed.evaluation(split, batch=batch, rank=self.ranks.rank, ranks=self.ranks.count) as batches:
+        with shared_out(self.feed, split, batch, self.ranks, self.interruption) as batches:
             return evaluate(
                 self.recipe,
                 nets,
-                heeded(batches, rounds, self.ranks, self.interruption),
+                batches,
                 precision=Precision(self.experiment.precision, self.ranks.device),
                 ranks=self.ranks,
                 rows=rows,

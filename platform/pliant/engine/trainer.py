@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pliant.data import Batch, Feed
-from pliant.engine.agreement import Beat, Beats, heeded
+from pliant.engine.agreement import Beat, Beats
 from pliant.engine.backends import Backend, wrap
 from pliant.engine.batchnorm import RunningStatistics, flat, mean_over_ranks, running_buffers, twin, unflatten_
 from pliant.engine.diagnosis import Finding, watching
-from pliant.engine.evaluation import evaluate
+from pliant.engine.evaluation import evaluate, shared_out
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption, Stopped
 from pliant.engine.meter import Meter
@@ -250,14 +250,9 @@ class Trainer:
         points = self.recipe.tracked()
         if points and getattr(dataset, split) is not None:
             net, batch = self.evaluated_net(), self.experiment.batch.micro
-            rounds = -(-self.feed.evaluation_batches(split, batch) // self.ranks.count)
-            with self.feed.evaluation(split, batch=batch, rank=self.ranks.rank, ranks=self.ranks.count) as batches:
+            with shared_out(self.feed, split, batch, self.ranks, self.interruption) as batches:
                 lines = evaluate(
-                    self.recipe,
-                    dict.fromkeys(points, net),
-                    heeded(batches, rounds, self.ranks, self.interruption),
-                    precision=self.precision,
-                    ranks=self.ranks,
+                    self.recipe, dict.fromkeys(points, net), batches, precision=self.precision, ranks=self.ranks
                 )
             # Choosing by the validation images would make them a training set: only held-out images give a score.
             self.state.score = self.recipe.score(lines) if split == "held_out" else None
