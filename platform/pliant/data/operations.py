@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def _groups(
     kinds, magnitudes = kinds[order], magnitudes[order]
     starts = np.flatnonzero((np.diff(kinds, prepend=-1) != 0) | (np.diff(magnitudes, prepend=np.nan) != 0))
     members = torch.from_numpy(order).to(device, non_blocking=True)  # one transfer for all groups
-    for first, last in zip(starts, [*starts[1:], len(order)], strict=True):
+    for first, last in pairwise([*starts.tolist(), len(order)]):
         yield int(kinds[first]), float(magnitudes[first]), members[first:last]
 
 
@@ -60,6 +61,7 @@ def apply(images: Tensor, name: str, magnitude: float, fill: tuple[int, int, int
         fill: colour of what is uncovered.
     """
     F = functional()
+    # What sums over pixels or colours is handed planes (contiguous), over which a CPU is two to eight times as fast.
     # torchvision computes black without a mask of what is uncovered.
     uncovered = dict(fill=list(fill) if any(fill) else None)
     still: dict[str, Any] = dict(angle=0.0, translate=[0, 0], scale=1.0, shear=[0.0, 0.0]) | uncovered
@@ -79,9 +81,9 @@ def apply(images: Tensor, name: str, magnitude: float, fill: tuple[int, int, int
         case "Brightness":
             result = F.adjust_brightness(images, 1.0 + magnitude)
         case "Color":
-            result = F.adjust_saturation(images, 1.0 + magnitude)
+            result = F.adjust_saturation(images.contiguous(), 1.0 + magnitude)
         case "Contrast":
-            result = F.adjust_contrast(images, 1.0 + magnitude)
+            result = F.adjust_contrast(images.contiguous(), 1.0 + magnitude)
         case "Sharpness":
             result = F.adjust_sharpness(images, 1.0 + magnitude)
         case "Posterize":
@@ -89,7 +91,7 @@ def apply(images: Tensor, name: str, magnitude: float, fill: tuple[int, int, int
         case "Solarize":
             result = F.solarize(images, 255.0 * magnitude)
         case "AutoContrast":
-            result = F.autocontrast(images)
+            result = F.autocontrast(images.contiguous())
         case "Equalize":
             result = F.equalize(images)
         case "Invert":
