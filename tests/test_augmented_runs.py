@@ -126,13 +126,14 @@ def test_run_resumed_inside_an_epoch_ends_the_same(data: Path, tmp_path: Path) -
 
 
 def test_two_ranks_train_what_one_trains(data: Path, tmp_path: Path) -> None:
-    """Slowly and in fp64, as a difference in the last bit grows; the gradients of three steps are verified."""
+    """Slowly and in fp64, as a difference in the last bit grows; the gradients of the first step are verified."""
     asked = {f"data.{name.replace('_', '-')}": value for name, value in RICH.items()}
     asked |= {"precision": "fp64", "optimization.lr": 1e-3, "optimization.steps": 4, "recipe.hard": 0.5}
-    asked |= {"evaluate-epochs": 0, "verify-gradients": 3}
+    asked |= {"evaluate-epochs": 0}
     done = finish(command(*arguments(data, tmp_path / "one", **asked)))
     assert done.returncode == 0, done.stderr
-    for status, said in Launch(command(*arguments(data, tmp_path / "two", **asked))).start().finish():
+    verified = asked | {"verify-gradients": 1}
+    for status, said in Launch(command(*arguments(data, tmp_path / "two", **verified))).start().finish():
         assert status == 0, said
     one, two = (losses(only_run(tmp_path / name)) for name in ("one", "two"))
     assert len(one) == 4
