@@ -175,8 +175,9 @@ class Calibration:
     """pooled: exact mean and variance of all values a layer saw. cumulative: Eq. 8 as printed, means of the
     batches' means and variances. moving: Eq. 5 with m = 0.9, from the first batch's statistics."""
     augment: bool = True
-    """Calibrate on augmented training images, as they were trained on and as the authors' code does; else on centre
-    crops, whose statistics differ (on CIFAR-10, padded and cropped in training, that costs 2.5 points)."""
+    """Calibrate on augmented training images, as they were trained on (but never mixed) and as the authors' code does;
+    else on centre crops, whose statistics differ (on CIFAR-10, padded and cropped in training, that costs 2.5
+    points)."""
     batch: int = 64
     """Images of a calibration batch."""
 
