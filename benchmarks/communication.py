@@ -56,7 +56,8 @@ def count(ranks: Ranks, kind: BackendName, micro_batches: int) -> dict[str, Any]
     total = micro_batches * ranks.count
     for step in range(STEPS):
         indices = ranks.micro_batches(total)
-        batches = [Batch(torch.randn(2, 3, 64, 64), torch.randint(1000, (2,)), torch.arange(2)) for _ in indices]
+        labels = torch.randint(1000, (2,))
+        batches = [Batch(torch.randn(2, 3, 64, 64), labels, torch.arange(2), targets=labels) for _ in indices]
         draws = [Draw(0, 0, step, index) for index in indices]
         progress = Progress(stage=0, step=step, steps=STEPS, epoch=0, run_share=0.0)
         with torch.profiler.profile(

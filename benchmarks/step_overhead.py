@@ -108,10 +108,10 @@ class MemoryFeed:
 
 
 def make_batches(images: int) -> list[Batch]:
-    pixels = torch.randn(4, images, 3, 32, 32)
+    pixels, labels = torch.randn(4, images, 3, 32, 32), torch.randint(10, (4, images))
     return [
-        Batch(one.to(memory_format=torch.channels_last), torch.randint(10, (images,)), torch.arange(images))
-        for one in pixels
+        Batch(one.to(memory_format=torch.channels_last), own, torch.arange(images), targets=own)
+        for one, own in zip(pixels, labels, strict=True)
     ]
 
 

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from pliant.data.device import CIFAR10, GREY, IMAGENET, Finish, jitter_
+from pliant.data.device import CIFAR10, GREY, IMAGENET, Finish, jitter_, mirrored
+from pliant.data.erasing import drawn_erasing, erase_
+from pliant.data.mixing import Mixing, mix_
+from pliant.data.operations import changed
 from pliant.data.plan import Plan
+from pliant.data.policies import randaugment
+from pliant.experiment import Data
+from pliant.randomness import philox
 from pliant.torchvision_cpu import make_importable
 
 make_importable()
@@ -42,8 +48,8 @@ def test_marked_images_are_mirrored():
     flip = np.array([True, False, True, True, False])
     finished = Finish(IMAGENET, CPU)(batch(), plan_with(5, flip=flip))
     plain = Finish(IMAGENET, CPU)(batch(), plan_with(5))
-    for image, expected, mirrored in zip(finished, plain, flip, strict=True):
-        assert torch.equal(image, expected.flip(2) if mirrored else expected)
+    for image, expected, marked in zip(finished, plain, flip, strict=True):
+        assert torch.equal(image, expected.flip(2) if marked else expected)
 
 
 def test_jitter_equals_torchvision_on_each_image():
@@ -91,3 +97,22 @@ def test_what_happens_to_an_image_does_not_depend_on_its_batch():
             batch()[one], plan_with(1, jitter=jitter[one], lighting=lighting[one], flip=flip[one])
         )
         torch.testing.assert_close(alone[0], together[number], atol=1e-6, rtol=1e-6)
+
+
+def test_mirrored_first_then_operations_colours_erasing_and_mixing():
+    generator = np.random.default_rng(1)
+    flip = np.array([True, False, False, True, True])
+    colours = dict(
+        jitter=generator.uniform(0.6, 1.4, (5, 3)).astype(np.float32),
+        lighting=generator.normal(0, 0.1, (5, 3)).astype(np.float32),
+    )
+    operations = randaugment(5, 12, Data(augment="randaugment", augment_ops=4), philox(2, "operations"))
+    erasing = drawn_erasing(5, 12, Data(erasing=1.0, erasing_mode="pixel"), philox(2, "erasing"))
+    mixing = Mixing(0.7)
+    plan = plan_with(5, flip=flip, **colours, operations=operations, erasing=erasing, mixing=mixing)
+    finished = Finish(IMAGENET, CPU)(batch(), plan)
+    expected = Finish(IMAGENET, CPU)(changed(mirrored(batch(), flip), operations), plan_with(5, **colours))
+    erase_(expected, erasing)
+    mix_(expected, mixing)
+    assert torch.equal(finished, expected)
+    assert finished.is_contiguous(memory_format=torch.channels_last)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from pliant.networks.gated import threshold
 from pliant.networks.resnet import ResNet, cost
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Native, Pass, Progress, Recipe, Scale, Width, parse_point
+from tests.small_recipes import unmixed
 
 SMALL = ResNet(depth=14)
 IMAGES = 6
@@ -31,7 +31,7 @@ IMAGES = 6
 def batch(seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(IMAGES, 3, 16, 16, generator=generator)
-    return SimpleNamespace(images=images, labels=torch.randint(5, (IMAGES,), generator=generator))
+    return unmixed(images, torch.randint(5, (IMAGES,), generator=generator))
 
 
 def at(stage: int, share: float = 0.0, recipe: Recipe | None = None) -> Progress:
@@ -211,7 +211,7 @@ def test_curriculum_s_gradient_is_eq_6_and_its_network_stays() -> None:
     s = reference.gates.logits(images).sigmoid()[:, 2:]
     greedy = (s >= 0.5).float()
     labels = answer(greedy)  # the likeliest policy is right, and sampled ones may be wrong
-    one = only(recipe.iteration(net, SimpleNamespace(images=images, labels=labels), draw, progress))
+    one = only(recipe.iteration(net, unmixed(images, labels), draw, progress))
     one.loss.backward()
     assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
 

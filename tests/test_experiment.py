@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pliant import record
+from pliant.augmentation import Augmentation
 from pliant.errors import UserError
 from pliant.experiment import (
     RESUME_RULES,
@@ -34,7 +35,21 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 UNUSUAL = Experiment(
     name="unusual",
     recipe=USNet(network=MobileNet(version="v1", full=0.5), low=0.3, high=0.9, n=5, hard=0.5, hard_decay=True),
-    data=Data(root=Path("/images"), class_list=Path("list.txt"), resize=99, scale=(0.3, 0.9), held_out=5, classes=12),
+    data=Data(
+        root=Path("/images"),
+        class_list=Path("list.txt"),
+        resize=99,
+        scale=(0.3, 0.9),
+        held_out=5,
+        classes=12,
+        augment="randaugment",
+        augment_fill=(124, 116, 104),
+        erasing=0.25,
+        erasing_mode="pixel",
+        mixup=0.8,
+        cutmix=1.0,
+        switch_probability=0.3,
+    ),
     batch=Batching(images=96, micro=32),
     optimization=Optimization(steps=7, clip=1.0, ema=0.99, schedule="cosine"),
     calibration=Calibration(images=0, average="moving", augment=True),
@@ -73,6 +88,14 @@ def test_every_recipe_of_the_project_is_read_back_as_it_was_kept(path, tmp_path)
 @pytest.mark.parametrize("experiment", [UNUSUAL, Experiment(name="stages", recipe=TwoStages())])
 def test_every_setting_is_read_back(experiment, tmp_path):
     assert record.load(kept(tmp_path, experiment)) == experiment
+
+
+def test_run_kept_before_augmentation_was_a_setting_is_read_as_one_without(tmp_path):
+    plain = json.loads(record.dump(Experiment(name="old", recipe=Plain())))
+    for item in dataclasses.fields(Augmentation):
+        del plain["data"][item.name]
+    (tmp_path / "experiment.json").write_text(json.dumps(plain))
+    assert differences(record.load(tmp_path), Experiment(name="old", recipe=Plain())) == {}
 
 
 def test_recipe_class_of_a_recipe_file_is_read_back_from_the_run_s_copy_of_it(tmp_path):
@@ -203,6 +226,23 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Data(held_out=-1), "--data.held-out cannot be -1"),
     (lambda: Data(classes=1), "--data.classes cannot be 1"),
     (lambda: Data(threads=0), "--data.threads cannot be 0"),
+    (lambda: Data(augment="randaugment", augment_ops=0), "cannot apply 0 operations"),
+    (lambda: Data(augment="randaugment", augment_magnitude=31), "from 0 to 30, not 31"),
+    (lambda: Data(augment="randaugment", augment_magnitude=-1), "from 0 to 30, not -1"),
+    (lambda: Data(augment="autoaugment", augment_fill=(0, 256, 0)), "lie from 0 to 255: got (0, 256, 0)"),
+    (lambda: Data(augment_ops=3), "--data.augment none has no use for --data.augment-ops"),
+    (lambda: Data(augment_fill=(1, 1, 1)), "--data.augment none has no use for --data.augment-fill"),
+    (lambda: Data(augment="autoaugment", augment_magnitude=5), "no use for --data.augment-magnitude"),
+    (lambda: Data(augment="randaugment", augment_policy="svhn"), "no use for --data.augment-policy"),
+    (lambda: Data(erasing=1.5), "with a probability from 0 to 1, not 1.5"),
+    (lambda: Data(erasing_mode="pixel"), "--data.erasing-mode pixel has nothing to fill"),
+    (lambda: Data(mixup=-0.2), "not -0.2: write for instance --data.mixup 0.2"),
+    (lambda: Data(cutmix=float("inf")), "not inf: write for instance --data.cutmix 0.2"),
+    (lambda: Data(cutmix=float("nan")), "not nan"),
+    (lambda: Data(mixup=0.2, mix_probability=0.0), "above 0 and is at most 1, not 0"),
+    (lambda: Data(mixup=0.2, cutmix=1.0, switch_probability=1.1), "lies from 0 to 1, not 1.1"),
+    (lambda: Data(mix_probability=0.5), "Nothing is mixed, so --data.mix-probability 0.5"),
+    (lambda: Data(mixup=0.2, switch_probability=0.1), "they are not both on"),
     (lambda: Optimization(steps=-1), "cannot be"),
     (lambda: Optimization(epochs=0), "trains nothing"),
     (lambda: Optimization(lr=-0.1), "A learning rate lies above 0, not -0.1"),

@@ -19,6 +19,7 @@ from pliant.networks.mobilenet import MobileNet, SlimmableNet
 from pliant.networks.slimmable import SlimmableBatchNorm2d
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Progress, Recipe, Width
+from tests.small_recipes import unmixed
 
 TINY = MobileNet(full=0.25, divisor=4)
 CLASSES = 5
@@ -32,7 +33,7 @@ def build(recipe: Recipe) -> SlimmableNet:
 def batch(images: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(7)
     pixels = torch.randn(images, 3, 32, 32, dtype=torch.float64, generator=generator)
-    return SimpleNamespace(images=pixels, labels=torch.randint(CLASSES, (images,), generator=generator))
+    return unmixed(pixels, torch.randint(CLASSES, (images,), generator=generator))
 
 
 def at(share: float = 0.0) -> Progress:

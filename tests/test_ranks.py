@@ -6,7 +6,6 @@ import copy
 import os
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from pliant.networks.mobilenet import MobileNet
 from pliant.networks.resnet import ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Recipe, Width
-from tests.small_recipes import ALL
+from tests.small_recipes import ALL, unmixed
 from tests.test_step import micro_batch, progress_at
 
 MICRO_BATCHES = 4
@@ -55,7 +54,7 @@ def _enter(rank: int, worker: object, ranks: int, port: int, arguments: tuple[ob
 
 def double(batch: Batch) -> Batch:
     """In float64, where a sum's order is all that differs, batch norm over a few values does not blow it up."""
-    return SimpleNamespace(images=batch.images.double(), labels=batch.labels)
+    return unmixed(batch.images.double(), batch.labels)
 
 
 def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from pliant.errors import UserError
 from pliant.experiment import Optimization
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Pass, Progress, Recipe, Stage
-from tests.small_recipes import ALL, PerSample, Plain, TwoStages, Unequal
+from tests.small_recipes import ALL, PerSample, Plain, TwoStages, Unequal, unmixed
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -29,7 +28,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def micro_batch(index: int, images: int = 8, classes: int = 3) -> Batch:
     generator = torch.Generator().manual_seed(index)
     pixels = torch.randn(images, 3, 8, 8, generator=generator)
-    return SimpleNamespace(images=pixels, labels=torch.randint(classes, (images,), generator=generator))
+    return unmixed(pixels, torch.randint(classes, (images,), generator=generator))
 
 
 def progress_at(step: int) -> Progress:

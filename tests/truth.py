@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Native, Outcome, Pass, Point, Progress, Recipe
+from tests.small_recipes import unmixed
 
 
 class Forked(nn.Module):
@@ -65,7 +65,7 @@ def batch_of(step: int, index: int, images: int = 8) -> Batch:
     """The micro-batch with this index in the step."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     pixels = torch.randn(images, 3, 8, 8, generator=generator)
-    return SimpleNamespace(images=pixels, labels=torch.randint(5, (images,), generator=generator))
+    return unmixed(pixels, torch.randint(5, (images,), generator=generator))
 
 
 def progress_at(step: int) -> Progress:

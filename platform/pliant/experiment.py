@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pliant.augmentation import Augmentation
 from pliant.errors import UserError
 from pliant.recipe import Recipe, ScheduleName
 
@@ -19,7 +20,7 @@ BackendName = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Augmentation):
     """Which images, and how they are fed."""
 
     source: Literal["folder", "cifar10"] = "folder"
@@ -65,6 +66,7 @@ class Data:
     first images."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         lowest, highest = self.scale
         if not 0.0 < lowest <= highest <= 1.0:
             raise UserError(
@@ -173,8 +175,9 @@ class Calibration:
     """pooled: exact mean and variance of all values a layer saw. cumulative: Eq. 8 as printed, means of the
     batches' means and variances. moving: Eq. 5 with m = 0.9, from the first batch's statistics."""
     augment: bool = True
-    """Calibrate on augmented training images, as they were trained on and as the authors' code does; else on centre
-    crops, whose statistics differ (on CIFAR-10, padded and cropped in training, that costs 2.5 points)."""
+    """Calibrate on augmented training images, as they were trained on (but never mixed) and as the authors' code does;
+    else on centre crops, whose statistics differ (on CIFAR-10, padded and cropped in training, that costs 2.5
+    points)."""
     batch: int = 64
     """Images of a calibration batch."""
 
@@ -271,6 +274,9 @@ class Experiment:
         if abs(sum(stage.share for stage in stages) - 1.0) > 1e-6:
             shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
             raise UserError(f"The shares of a recipe's stages must add up to 1: got {shares}.")
+        refusal = self.recipe.admits_mixing() if self.data.mixes else None
+        if refusal is not None:
+            raise UserError(f"{refusal}: write --data.mixup 0 --data.cutmix 0.")
 
 
 RESUME_RULES: dict[str, Literal["free", "warned"]] = {

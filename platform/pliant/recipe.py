@@ -35,7 +35,12 @@ class Batch(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """int64, (B,)."""
+        """int64, (B,): each image's own class. What counts right answers reads these."""
+
+    @property
+    def targets(self) -> Tensor:
+        """What a loss learns from, as torch's cross_entropy takes it: the labels, int64, (B,); or, in a run that mixes
+        images in pairs, the share of each class in each image, of the images' type, (B, K)."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +284,11 @@ class Recipe(ABC):
     def parameters_at(self, net: nn.Module, point: Point) -> int:
         """Elements of the weights in use at `point`."""
         return sum(parameter.numel() for parameter in net.parameters())
+
+    def admits_mixing(self) -> str | None:
+        """None if every loss that looks at labels takes `Batch.targets`, so that images may be mixed in pairs (mixup,
+        CutMix); else the beginning of the sentence that refuses it."""
+        return "This recipe does not say that it learns from mixed labels (Recipe.admits_mixing)"
 
     def graphs(self) -> int | str:
         """How many computation graphs the passes of an iteration need in all, for `--compile`; or, where that has

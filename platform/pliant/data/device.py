@@ -1,4 +1,5 @@
-"""What is done to a whole batch at once, on the device that trains: mirroring, colours, normalisation.
+"""What is done to a whole batch at once, on the device that trains: mirroring, operations, colours, normalisation,
+erasing, mixing, in this order.
 
 The same whichever loader cut the images out. Colours are computed in float32 without rounding in between:
 brightness, contrast, saturation, in this order, as torchvision's functions of these names do on float images;
@@ -17,6 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pliant.data.erasing import erase_
+from pliant.data.mixing import mix_
+from pliant.data.operations import changed
 from pliant.data.plan import Plan
 
 
@@ -57,11 +61,13 @@ class Finish:
 
         Args:
             images: uint8, (B, 3, H, W), channels last; may be written over.
-            plan: says which are mirrored, and how colours change.
+            plan: says which are mirrored, and all that follows.
         """
         images = images.to(self.device, non_blocking=True)
         if plan.flip.any():
             images = mirrored(images, plan.flip)
+        if plan.operations is not None:
+            images = changed(images, plan.operations)
         batch, _, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).reshape(batch, height, 3 * width).float()
         if plan.jitter is not None:
@@ -71,7 +77,12 @@ class Finish:
             lighting = torch.from_numpy(plan.lighting).to(self.device, non_blocking=True)
             shift = shift + (lighting @ self._components)[:, None]
         torch.addcmul(shift.repeat(1, 1, width), rows, self._scale.repeat(width), out=rows)
-        return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+        finished = rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+        if plan.erasing is not None:
+            erase_(finished, plan.erasing)
+        if plan.mixing is not None:
+            mix_(finished, plan.mixing)
+        return finished
 
 
 def mirrored(images: Tensor, flip: NDArray[np.bool_]) -> Tensor:

@@ -25,8 +25,10 @@ from pliant.data.loaders import Loaded, Loader, Request
 from pliant.data.loaders.dali import DaliLoader, available
 from pliant.data.loaders.resident import ResidentLoader
 from pliant.data.loaders.torchvision import TorchvisionLoader
+from pliant.data.mixing import mixed_targets, timm_mixup
+from pliant.data.operations import functional
 from pliant.data.order import Order, steps_per_epoch
-from pliant.data.plan import Draws, Plan, centre_plan, padded_plan, training_plan, whole_plan
+from pliant.data.plan import Draws, Plan, centre_plan, mixed_plan, padded_plan, training_plan, whole_plan
 from pliant.data.prefetch import Prefetch
 from pliant.errors import UserError
 from pliant.experiment import Batching, Data
@@ -42,9 +44,12 @@ class Batch:
     images: Tensor
     """float32 (float64 for a feed of that type), normalised, (B, 3, H, W), channels last, on the device."""
     labels: Tensor
-    """int64, (B,), on the device."""
+    """int64, (B,), on the device: each image's own class."""
     positions: Tensor
     """int64, (B,), on the device: where each image stands in its split."""
+    targets: Tensor
+    """What a loss learns from: the labels; in training with mixup or CutMix the share of each class in each image, of
+    the images' type, (B, classes)."""
 
 
 class Feed:
@@ -87,6 +92,10 @@ class Feed:
         self._finish = Finish(own, self.device)
         self._loaders: dict[SplitName, Loader] = {}
         self._loader_of("train")  # what is not installed is missed now
+        if data.augment != "none":
+            functional()  # imported now, not while the first batch is waited for
+        if data.mixes:
+            timm_mixup()
 
     def training(
         self, *, stage: int, first_step: int, last_step: int, micro_batches: Sequence[int]
@@ -151,7 +160,7 @@ class Feed:
         Args:
             images: how many; 0, or more than there are, takes all of them.
             batch: images of a batch; only where all images are taken the last may be shorter, down to two.
-            augment: crop and colour as in training, else as in validation.
+            augment: as in training, image by image, without mixing them (see `mixed_plan`); else as in validation.
             seed: of the draw and of the augmentation.
             rank: takes the batches rank, rank + ranks, ...
             ranks: how many share the images.
@@ -192,7 +201,8 @@ class Feed:
     def _training_request(self, stage: int, step: int, micro_batch: int) -> Request:
         positions = self._order.samples(stage, step, micro_batch, self.batching)
         draws = _keyed(self.seed, "", stage, step, micro_batch)
-        return Request(positions, self._augmented_plan(self.dataset.train, positions, draws))
+        plan = self._augmented_plan(self.dataset.train, positions, draws)
+        return Request(positions, mixed_plan(plan, self.data, draws))
 
     def _augmented_plan(self, split: Split, positions: NDArray[np.int64], draws: Draws) -> Plan:
         if isinstance(split, Index):
@@ -242,11 +252,14 @@ class Feed:
         yield cycle(first)
 
     def _batch(self, split: Split, request: Request, images: Tensor) -> Batch:
-        labels = torch.from_numpy(split.labels[request.positions].astype(np.int64))
+        labels = torch.from_numpy(split.labels[request.positions].astype(np.int64)).to(self.device, non_blocking=True)
+        mixing = request.plan.mixing
+        mixed = None if mixing is None else mixed_targets(labels, self.dataset.num_classes, mixing)
         return Batch(
             images=self._finish(images, request.plan).to(self._dtype),
-            labels=labels.to(self.device, non_blocking=True),
+            labels=labels,
             positions=torch.from_numpy(request.positions).to(self.device, non_blocking=True),
+            targets=labels if mixed is None else mixed.to(self._dtype),
         )
 
 

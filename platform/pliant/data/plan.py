@@ -1,9 +1,9 @@
 """What becomes of each image of a batch, drawn before a byte of it is decoded.
 
 A plan says, for every image: cut this window out of the stored image, resize it to that height and width, cut
-a square out of the result, mirror it or not, and change its colours by these factors. Loaders only carry it
-out, so they all give the same crop of the same image, and a plan is a pure function of the key that it is
-drawn from.
+a square out of the result, mirror it or not, put it through these operations, change its colours by these
+factors, erase this rectangle, and mix it with another. Loaders carry the first part out and `Finish` the second,
+so all loaders give the same of the same image, and a plan is a pure function of the key that it is drawn from.
 
 Shapes: B images of the batch. Heights come before widths, tops before lefts; all in pixels.
 """
@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pliant.data.erasing import Erasing, drawn_erasing
+from pliant.data.mixing import Mixing, drawn_mixing
+from pliant.data.policies import Operations, autoaugment, randaugment
 from pliant.experiment import Data
 
 Draws = Callable[[str], np.random.Generator]
-"""The generator of a purpose ("crop", "flip", "jitter", "lighting"): one each, so that switching one kind of
-augmentation on or off leaves the draws of the others alone."""
+"""The generator of a purpose ("crop", "flip", "operations", "jitter", "lighting", "erasing", "mixing"): one each, so
+that switching one kind of augmentation on or off leaves the draws of the others alone."""
 
 PAD = 4
 """Black pixels that a padded crop may take in on each side, as He et al. do on CIFAR-10."""
 _TRIES = 10  # windows drawn before a random resized crop falls back to the centre, as in torchvision
 _ASPECTS = (3 / 4, 4 / 3)
+_OWN_POLICIES = {"cifar10": "cifar10", "cifar100": "cifar10", "svhn": "svhn"}  # other sources: ImageNet's
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The geometry and the colours of B images."""
+    """What becomes of B images."""
 
     window: NDArray[np.int32]
     """(B, 4): top, left, height and width, inside the stored image."""
@@ -48,12 +52,18 @@ class Plan:
     """(B, 3): factors of brightness, contrast and saturation; None: colours stay as they are."""
     lighting: NDArray[np.float32] | None = None
     """(B, 3): amounts of the principal components of colour, in units of their eigenvalues; None: none."""
+    operations: Operations | None = None
+    """What each mirrored image goes through before its colours change; None: nothing."""
+    erasing: Erasing | None = None
+    """Rectangles erased from the normalised images; None: none."""
+    mixing: Mixing | None = None
+    """How the images are then mixed with each other, and their labels too; None: labels stay what they are."""
 
     def __len__(self) -> int:
         return len(self.flip)
 
     def part(self, images: slice) -> Plan:
-        """The plan of some of the images."""
+        """The plan of some of the images, each for itself: what is mixed is a whole batch."""
         return Plan(
             window=self.window[images],
             resized=self.resized[images],
@@ -62,11 +72,13 @@ class Plan:
             flip=self.flip[images],
             jitter=None if self.jitter is None else self.jitter[images],
             lighting=None if self.lighting is None else self.lighting[images],
+            operations=None if self.operations is None else self.operations.part(images),
+            erasing=None if self.erasing is None else self.erasing.part(images),
         )
 
 
 def training_plan(sizes: NDArray[np.int32], data: Data, draws: Draws) -> Plan:
-    """Random resized crops, mirroring and colours for images of these stored sizes, (B, 2).
+    """Random resized crops and all that follows but mixing, for images of these stored sizes, (B, 2).
 
     The windows follow torchvision's RandomResizedCrop: area uniform in `data.scale`, aspect log-uniform in
     3/4 to 4/3, ten tries, else the largest centred window with a permitted aspect.
@@ -80,6 +92,8 @@ def training_plan(sizes: NDArray[np.int32], data: Data, draws: Draws) -> Plan:
         flip=_flips(images, data, draws),
         jitter=_jitter(images, data, draws),
         lighting=_lighting(images, data, draws),
+        operations=_operations(images, data.size, data, draws),
+        erasing=_erasing(images, data.size, data, draws),
     )
 
 
@@ -101,10 +115,24 @@ def centre_plan(sizes: NDArray[np.int32], data: Data) -> Plan:
 
 
 def padded_plan(images: int, side: int, data: Data, draws: Draws) -> Plan:
-    """Random crops of square images of `side` pixels that a border of PAD black pixels surrounds, and mirroring."""
-    whole = whole_plan(images, side)
-    offset = draws("crop").integers(-PAD, PAD, (images, 2), endpoint=True).astype(np.int32)
-    return Plan(whole.window, whole.resized, offset, side, _flips(images, data, draws))
+    """Random crops of square images of `side` pixels that a border of PAD black pixels surrounds, mirroring, operations
+    and erasing."""
+    return replace(
+        whole_plan(images, side),
+        offset=draws("crop").integers(-PAD, PAD, (images, 2), endpoint=True).astype(np.int32),
+        flip=_flips(images, data, draws),
+        operations=_operations(images, side, data, draws),
+        erasing=_erasing(images, side, data, draws),
+    )
+
+
+def mixed_plan(plan: Plan, data: Data, draws: Draws) -> Plan:
+    """The plan, its images mixed with each other if `data` says so.
+
+    In training alone. Calibration augments each image as in training but mixes none: the statistics are those of
+    images of one class each, which are what is evaluated, and a blend of two images varies less than either.
+    """
+    return replace(plan, mixing=drawn_mixing(plan.size, data, draws("mixing"))) if data.mixes else plan
 
 
 def whole_plan(images: int, side: int) -> Plan:
@@ -163,3 +191,17 @@ def _lighting(images: int, data: Data, draws: Draws) -> NDArray[np.float32] | No
     if not data.lighting:
         return None
     return (data.lighting * draws("lighting").standard_normal((images, 3))).astype(np.float32)
+
+
+def _operations(images: int, size: int, data: Data, draws: Draws) -> Operations | None:
+    if data.augment == "none":
+        return None
+    generator = draws("operations")
+    if data.augment == "randaugment":
+        return randaugment(images, size, data, generator)
+    policy = _OWN_POLICIES.get(data.source, "imagenet") if data.augment_policy == "auto" else data.augment_policy
+    return autoaugment(images, size, data, policy, generator)
+
+
+def _erasing(images: int, size: int, data: Data, draws: Draws) -> Erasing | None:
+    return drawn_erasing(images, size, data, draws("erasing")) if data.erasing else None

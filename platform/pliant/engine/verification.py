@@ -77,8 +77,8 @@ def gathered(micro_batches: Sequence[Batch], ranks: Ranks, total: int) -> list[B
     for index in range(total):
         owner = next(rank for rank in range(ranks.count) if index in replace(ranks, rank=rank).share(total))
         source = own.get(index, like)
-        images, labels = source.images.clone(), source.labels.clone()
-        batches.append(SimpleNamespace(images=ranks.from_rank(owner, images), labels=ranks.from_rank(owner, labels)))
+        parts = {name: getattr(source, name).clone() for name in ("images", "labels", "targets")}
+        batches.append(SimpleNamespace(**{name: ranks.from_rank(owner, part) for name, part in parts.items()}))
     return batches
 
 

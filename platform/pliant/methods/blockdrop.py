@@ -83,6 +83,9 @@ class BlockDrop(GatedRecipe):
             Stage(name="joint", share=1.0 - self.curriculum_share, learning_rate=self.joint_rate),
         )
 
+    def admits_mixing(self) -> str | None:
+        return "BlockDrop rewards right answers, and a mixed image has none"
+
     def passes(self, progress: Progress) -> int:
         return 1
 
@@ -161,7 +164,7 @@ class BlockDrop(GatedRecipe):
             return sample(bound, generator)
 
         walk = net(batch.images, sampled, self.masked())
-        supervised = cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing)
+        supervised = cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing)
         reward = self.reward(walk.logits.detach(), batch.labels, walk.open, 0, self.joint_gamma)
         # The baseline normalises as the sampled pass does, but leaves the running statistics alone.
         buffers = {name: buffer.clone() for name, buffer in net.backbone.named_buffers()}
@@ -250,7 +253,7 @@ class FixedBlocks(GatedRecipe):
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
         walk = cast(GatedNet, net)(batch.images, lambda number, logits: (logits >= 0).to(logits), self.masked())
-        yield Pass("kept", cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing))
+        yield Pass("kept", cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing))
 
 
 def distributed(groups: Sequence[int], keep: int) -> tuple[int, ...]:

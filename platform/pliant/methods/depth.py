@@ -52,6 +52,9 @@ class ResidualRecipe(Recipe):
     def calibrates(self, point: Point) -> bool:
         return False
 
+    def admits_mixing(self) -> str | None:
+        return None
+
 
 def load_backbone(backbone: ResidualNet, path: Path) -> None:
     """Loads weights by torchvision's names; `linear` counts as `fc`, and batch norm's step counts may be missing.
@@ -95,7 +98,7 @@ class Plain(ResidualRecipe):
         return 1
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
-        loss = cross_entropy(net(batch.images), batch.labels, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(net(batch.images), batch.targets, label_smoothing=self.label_smoothing)
         yield Pass("all blocks", loss)
 
     def points(self) -> tuple[Point, ...]:

@@ -28,7 +28,7 @@ class INet(WidthRecipe):
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
         logits = net(batch.images, self.width)
-        yield Pass(str(Width(self.width)), cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing))
+        yield Pass(str(Width(self.width)), cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing))
 
     def points(self) -> tuple[Point, ...]:
         return (Width(self.width),)

@@ -46,7 +46,7 @@ class SNet(WidthRecipe):
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
         answers = cast(SlimmableNet, net).at_each(batch.images, self.widths)
         for width, logits in zip(self.widths, answers, strict=True):
-            yield Pass(str(Width(width)), cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing))
+            yield Pass(str(Width(width)), cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing))
 
     def points(self) -> tuple[Point, ...]:
         return tuple(Width(width) for width in self.widths)

@@ -88,6 +88,11 @@ class SkipNet(GatedRecipe):
             )
         return (Stage(name=self.learning),)
 
+    def admits_mixing(self) -> str | None:
+        if all(stage.name not in ("hrl", "rl") for stage in self.stages()):
+            return None
+        return f"SkipNet with --recipe.learning {self.learning} rewards right answers, and a mixed image has none"
+
     def passes(self, progress: Progress) -> int:
         return 1
 
@@ -100,7 +105,7 @@ class SkipNet(GatedRecipe):
             name
         ]
         walk: Walk = gated(batch.images, act, self.masked())
-        loss = cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing)
         yield Pass(name, loss, {"blocks": walk.open.sum(1).mean()})
 
     def _reinforced(self, net: GatedNet, batch: Batch, draw: Draw, name: str) -> Pass:
@@ -112,7 +117,7 @@ class SkipNet(GatedRecipe):
         likely = log_probability(probability, actions)
         skipped = (1 - actions) * self._costs(net, batch.images.shape[-1], actions)
         rewards = self.alpha / actions.shape[1] * skipped
-        per_image = cross_entropy(walk.logits, batch.labels, reduction="none")
+        per_image = cross_entropy(walk.logits, batch.targets, reduction="none")
         if name == "hrl":
             returns = returns_to_go(rewards, -self.beta * per_image.detach())
             loss = per_image.mean() + self.rl_weight * policy_loss(likely, returns)

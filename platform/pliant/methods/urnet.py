@@ -110,7 +110,7 @@ class URNet(GatedRecipe):
         walk: Walk = cast(GatedNet, net)(
             batch.images, self._act(draw, scale, batch.images, self._p(progress)), self.masked(), scale
         )
-        loss = cross_entropy(walk.logits, batch.labels, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing)
         metrics = {"cross_entropy": loss.detach(), "open": walk.open.detach().mean(), "scale": loss.new_tensor(scale)}
         if self.variant in ("urnet", "external"):
             # In an iteration whose gates are all steps nothing reaches them: a zero gradient, but a graph.

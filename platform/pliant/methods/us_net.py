@@ -80,11 +80,11 @@ class USNet(WidthRecipe):
         soft: Tensor | None = None
         for width, logits in zip(widths, answers, strict=True):
             if soft is None:
-                loss = cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+                loss = cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
                 soft = soft_labels(logits) if self.distill else None
             else:
                 hard = self.hard * (1.0 - progress.stage_share) if self.hard_decay else self.hard
-                loss = mixed_cross_entropy(logits, batch.labels, soft, hard=hard, smoothing=self.label_smoothing)
+                loss = mixed_cross_entropy(logits, batch.targets, soft, hard=hard, smoothing=self.label_smoothing)
             yield Pass(str(Width(width)) if width in (self.low, self.high) else "random", loss)
 
     def widths(self, net: SlimmableNet, draw: Draw) -> list[WidthLike]:

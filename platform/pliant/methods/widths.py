@@ -54,6 +54,9 @@ class WidthRecipe(Recipe):
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         return Outcome(logits=net(images, width_of(point)))
 
+    def admits_mixing(self) -> str | None:
+        return None
+
     def parameters_at(self, net: nn.Module, point: Point) -> int:
         cut = cast(SlimmableNet, net).skeleton(width_of(point))
         return sum(parameter.numel() for parameter in cut.parameters())
