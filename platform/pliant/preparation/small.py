@@ -14,7 +14,7 @@ from pliant.data.sources.cifar import Form, find_folder
 from pliant.errors import UserError
 from pliant.preparation.progress import note, progress
 from pliant.preparation.staging import begin, check_space, discard, staging
-from pliant.preparation.tars import check_member
+from pliant.preparation.tars import check_member, reason
 
 FORMS: dict[str, tuple[Form, Callable[[Path], object]]] = {
     "cifar10": (cifar10.FORM, cifar10.open_cifar10),
@@ -142,7 +142,7 @@ def _unpack(archive: Path, folder: Path, form: Form) -> Path:
             content = begin(folder, {"source": archive.name})
             opened.extractall(content, filter="data")
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"The archive {archive} cannot be unpacked ({error}): fetch it again.") from None
+        raise UserError(f"The archive {archive} cannot be unpacked ({reason(error)}): fetch it again.") from None
     unpacked = find_folder(form, content)
     if unpacked is None:
         raise UserError(f"{archive} does not hold {form.pickled} or {form.binary}: write another archive as --from.")

@@ -23,7 +23,7 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
         with open(path, "rb") as file:
             yield from _listed(file, path, str(path))
     except OSError as error:
-        raise UserError(f"The archive {path} cannot be read ({error.strerror}): write another one.") from None
+        raise UserError(f"The archive {path} cannot be read ({reason(error)}): write another one.") from None
 
 
 def nested_members(path: Path, outer: tarfile.TarInfo) -> Iterator[tarfile.TarInfo]:
@@ -60,6 +60,13 @@ def check_member(member: tarfile.TarInfo, archive: str) -> None:
     raise UserError(f"The archive {archive} holds {member.name!r}, which {fault}: write an archive from the publisher.")
 
 
+def reason(error: Exception) -> str:
+    """Why an archive could not be read, on one line."""
+    if isinstance(error, tarfile.ReadError) and "could not be opened" in str(error):
+        return "it is no tar archive"  # tarfile lists what each of its readers found
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
 def _listed(file: IO[bytes], path: Path, title: str) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -76,5 +83,5 @@ def _listed(file: IO[bytes], path: Path, title: str) -> Iterator[tarfile.TarInfo
             raise tarfile.ReadError("it ends early")
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{title} is no whole uncompressed tar archive ({error}): fetch it again, or unpack its compression first."
+            f"{title} is no whole uncompressed tar archive ({reason(error)}): fetch it again, or unpack its compression first."
         ) from None

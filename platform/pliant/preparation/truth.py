@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pliant.errors import UserError, optional_import
+from pliant.preparation.tars import reason
 
 _META = "data/meta.mat"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -37,8 +38,7 @@ def from_devkit(path: Path) -> dict[str, str]:
         numbers = [int(line) for line in truth.decode().split()]
         return {f"ILSVRC2012_val_{place:08d}.JPEG": wnids[number] for place, number in enumerate(numbers, 1)}
     except Exception as error:  # a damaged file may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"The development kit {path} cannot be read ({reason}): fetch it again.") from None
+        raise UserError(f"The development kit {path} cannot be read ({reason(error)}): fetch it again.") from None
 
 
 def from_text(path: Path) -> dict[str, str]:
@@ -50,8 +50,8 @@ def from_text(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(f"The list {path} cannot be read ({reason}): write another as --val-labels.") from None
+        said = reason(error) if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"The list {path} cannot be read ({said}): write another as --val-labels.") from None
     wnids: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -80,7 +80,7 @@ def _members(path: Path) -> tuple[bytes, bytes]:
                         found[wanted] = content.read()
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(
-            f"The development kit {path} cannot be read ({error}): write ILSVRC2012_devkit_t12.tar.gz as --devkit."
+            f"The development kit {path} cannot be read ({reason(error)}): write ILSVRC2012_devkit_t12.tar.gz as --devkit."
         ) from None
     missing = [wanted for wanted in (_META, _TRUTH) if wanted not in found]
     if missing:

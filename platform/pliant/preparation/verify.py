@@ -24,6 +24,8 @@ from pliant.preparation.staging import write_text
 
 SplitName = Literal["train", "val", "all"]
 
+COMMAND = [sys.executable, "-m", "pliant.preparation.examine"]
+"""What decodes."""
 _CHUNK = 32  # images that one decoder takes at a time
 
 _Found = tuple[str | None, list[str]]  # why an image is broken, and what is unusual about it
@@ -119,6 +121,7 @@ class _Decoder:
             answer = b""
         if not answer:
             status = self._process.wait()
+            self.close()
             self._process = self._start()
             return f"its decoder ended with status {status}", []
         reason, oddities = json.loads(answer)
@@ -131,7 +134,7 @@ class _Decoder:
     @staticmethod
     def _start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "pliant.preparation.examine"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the one who waits for it
