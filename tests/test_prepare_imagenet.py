@@ -249,6 +249,9 @@ def test_a_stop_at_any_call_of_the_file_system_leaves_work_that_goes_on(tmp_path
                 break
             except Stop:
                 stops += 1
+                # A reader finds all shards where it finds the first.
+                shards = {path.name for path in (tmp_path / "root").glob("*.tar")}
+                assert not shards or "train-000000.tar" not in shards or len(shards) == 3
         prepare_train(originals.train, target)
         assert files(tmp_path / "root") == expected
     assert (stops > 0) == (call > 0) and call < 39
@@ -396,14 +399,54 @@ def test_what_stands_in_the_place_is_not_written_over(originals, tmp_path, capsy
 
 def test_unfinished_work_is_not_mixed_with_other_settings(originals, tmp_path, monkeypatch):
     one = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=4, seed=0))
-    with monkeypatch.context() as patch:
-        patch.setattr(writers, "verify", lambda *_: (_ for _ in ()).throw(Stop))
-        with pytest.raises(Stop):
-            prepare_train(originals.train, one)
+    stopped_before_the_end(originals, one, monkeypatch)
     other = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=4, seed=1))
     with pytest.raises(UserError, match="unfinished work with other settings"):
         prepare_train(originals.train, other)
     assert "complete, 12 images" in prepare_train(originals.train, one)
+
+
+def stopped_before_the_end(originals: SimpleNamespace, target: Target, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of unfinished work in which everything has been written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(writers, "verify", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            prepare_train(originals.train, target)
+    return target.root / ".train.partial" / "content"
+
+
+def test_a_file_that_a_power_failure_cut_short_is_written_again(originals, tmp_path, monkeypatch):
+    target = Target(root=tmp_path / "root", form="folders", sharding=Sharding(images=4, seed=0))
+    content = stopped_before_the_end(originals, target, monkeypatch)
+    next(iter(content.rglob("*.JPEG"))).write_bytes(b"")
+    prepare_train(originals.train, target)
+    assert files(target.root / "train") == archives.train_images()
+
+
+def test_work_begun_anew_is_not_taken_for_the_finished_work_before_it(originals, tmp_path, monkeypatch):
+    target = Target(root=tmp_path / "root", form="folders", sharding=Sharding(images=4, seed=0))
+    prepare_train(originals.train, target)
+    shutil.rmtree(target.root / "train")
+    content = stopped_before_the_end(originals, target, monkeypatch)
+    shutil.rmtree(content / WNIDS[0])
+    assert prepare_train(originals.train, target).endswith("complete, 12 images of 3 classes")
+    assert files(target.root / "train") == archives.train_images()
+
+
+def test_other_classes_than_those_that_are_there_are_refused(originals, tmp_path):
+    target = Target(root=tmp_path / "root", form="folders", sharding=Sharding(images=4, seed=0))
+    target.root.mkdir()
+    (target.root / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="names other classes than ILSVRC2012_img_train.tar"):
+        prepare_train(originals.train, target)
+
+
+def test_a_thousand_classes_with_other_numbers_of_images_draw_a_warning(originals, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(imagenet, "_CLASSES", 3)
+    data(*imagenet_arguments(originals, tmp_path / "root"))
+    said = capsys.readouterr().err
+    assert "warning: ILSVRC2012 has 1,281,167 images in train, and ILSVRC2012_img_train.tar has 12." in said
+    assert "warning: ILSVRC2012 has 50,000 images in val" in said
 
 
 def test_two_processes_do_not_write_the_same(originals, tmp_path):

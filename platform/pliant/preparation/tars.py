@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -19,11 +20,7 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
         UserError: the archive cannot be read, ends early, or holds a link, a device or a name that leads out of the
             folder it is unpacked in.
     """
-    try:
-        with open(path, "rb") as file:
-            yield from _listed(file, path, str(path))
-    except OSError as error:
-        raise UserError(f"The archive {path} cannot be read ({reason(error)}): write another one.") from None
+    return _listed(path, None)
 
 
 def nested_members(path: Path, outer: tarfile.TarInfo) -> Iterator[tarfile.TarInfo]:
@@ -32,12 +29,7 @@ def nested_members(path: Path, outer: tarfile.TarInfo) -> Iterator[tarfile.TarIn
     Raises:
         UserError: as `members`.
     """
-    with tarfile.open(path, "r:") as archive:
-        inner = archive.extractfile(outer)
-        assert inner is not None  # a regular file
-        for member in _listed(inner, path, f"{path}, member {outer.name}"):
-            member.offset_data += outer.offset_data
-            yield member
+    return _listed(path, outer)
 
 
 def check_member(member: tarfile.TarInfo, archive: str) -> None:
@@ -67,21 +59,36 @@ def reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def _listed(file: IO[bytes], path: Path, title: str) -> Iterator[tarfile.TarInfo]:
+def _listed(path: Path, outer: tarfile.TarInfo | None) -> Iterator[tarfile.TarInfo]:
+    title = str(path) if outer is None else f"{path}, member {outer.name},"
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with ExitStack() as opened:
+            file: IO[bytes] | None = opened.enter_context(open(path, "rb"))
+            first = 0
+            if outer is not None:
+                around = opened.enter_context(tarfile.open(fileobj=file, mode="r:"))
+                file, first = around.extractfile(outer), outer.offset_data
+            assert file is not None  # a regular file
+            archive = opened.enter_context(tarfile.open(fileobj=file, mode="r:"))
             while (member := archive.next()) is not None:
                 check_member(member, title)
-                # The archive remembers each member it has met: a million of them, and all are here already.
+                # The archive remembers each member it has met: a million of them, and none is asked for again.
                 archive.members.clear()  # type: ignore[attr-defined]
                 if member.isreg():
+                    member.offset_data += first
                     yield member
-            end = archive.offset
-        file.seek(end)
-        # tarfile takes a damaged header, and an end without its block of zeros, for the end of the archive.
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise tarfile.ReadError("it ends early")
+            file.seek(archive.offset)
+            # tarfile takes a damaged header, and an end without its block of zeros, for the end of the archive.
+            ended = file.read(_BLOCK) == bytes(_BLOCK)
+    except OSError as error:
+        raise UserError(f"The archive {path} cannot be read ({reason(error)}): write another one.") from None
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{title} is no whole uncompressed tar archive ({reason(error)}): fetch it again, or unpack its compression first."
-        ) from None
+        raise _damaged(title, reason(error)) from None
+    if not ended:
+        raise _damaged(title, "it ends early")
+
+
+def _damaged(title: str, why: str) -> UserError:
+    return UserError(
+        f"{title} is no whole uncompressed tar archive ({why}): fetch it again, or unpack its compression first."
+    )

@@ -32,9 +32,8 @@ def from_devkit(path: Path) -> dict[str, str]:
     meta, truth = _members(path)
     try:
         synsets = np.atleast_1d(scipy_io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-        leaves = synsets[synsets["num_children"] == 0]  # the others are groups of classes
-        ids = (int(number) for number in leaves["ILSVRC2012_ID"])
-        wnids = dict(zip(ids, (str(wnid) for wnid in leaves["WNID"]), strict=True))
+        # Groups of classes stand there too, under numbers that no image has.
+        wnids = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
         numbers = [int(line) for line in truth.decode().split()]
         return {f"ILSVRC2012_val_{place:08d}.JPEG": wnids[number] for place, number in enumerate(numbers, 1)}
     except Exception as error:  # a damaged file may raise anything
@@ -80,7 +79,8 @@ def _members(path: Path) -> tuple[bytes, bytes]:
                         found[wanted] = content.read()
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(
-            f"The development kit {path} cannot be read ({reason(error)}): write ILSVRC2012_devkit_t12.tar.gz as --devkit."
+            f"The development kit {path} cannot be read ({reason(error)}): write ILSVRC2012_devkit_t12.tar.gz as "
+            "--devkit."
         ) from None
     missing = [wanted for wanted in (_META, _TRUTH) if wanted not in found]
     if missing:
