@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -57,7 +58,7 @@ def imagenet_arguments(originals: SimpleNamespace, to: Path, *more: object) -> l
 
 
 def without_record(root: Path) -> dict[str, bytes]:
-    return {name: content for name, content in files(root).items() if name not in ("prepared.json", "classes.txt")}
+    return {name: content for name, content in files(root).items() if name != "classes.txt" and name[:9] != "prepared-"}
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -180,7 +181,8 @@ def test_splits_may_come_one_by_one(originals, tmp_path):
     data("imagenet", "--train", originals.train, "--to", root)
     assert files(root / "train") == archives.train_images()
     assert files(root / "val") == archives.val_images()
-    assert json.loads((root / "prepared.json").read_text()).keys() == {"train", "val"}
+    assert json.loads((root / "prepared-train.json").read_text())["images"] == 12
+    assert json.loads((root / "prepared-val.json").read_text())["images"] == 7
 
 
 def killed_at_work(arguments: list[object], root: Path, rng: random.Random) -> int:
@@ -205,7 +207,7 @@ def killed_at_work(arguments: list[object], root: Path, rng: random.Random) -> i
             return kills
         process.kill()
         process.wait()
-        if (root / "prepared.json").is_file():  # whole, and then killed
+        if (root / "prepared-train.json").is_file():  # whole, and then killed
             return kills + 1
         assert not (root / "train").exists() and not list(root.glob("train-*.tar"))
     return 3
@@ -375,6 +377,14 @@ def test_labels_that_do_not_fit_are_refused(originals, tmp_path, capsys):
     assert not (tmp_path / "root" / "val").exists()
 
 
+def test_a_devkit_whose_classes_lead_elsewhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "WNIDS", ("../../x", "n02105855", "n15075141"))
+    monkeypatch.setattr(archives, "IDS", dict(zip(archives.WNIDS, (449, 2, 100), strict=True)))
+    kit = archives.devkit(tmp_path / "kit.tar.gz")
+    with pytest.raises(UserError, match=r"names a class '\.\./\.\./x'"):
+        truth.from_devkit(kit)
+
+
 def test_too_little_room_is_said_before_anything_is_written(originals, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: SimpleNamespace(free=12 * 4096 - 1))
     command = ["imagenet", "--train", originals.train, "--to", tmp_path / "root"]
@@ -382,6 +392,23 @@ def test_too_little_room_is_said_before_anything_is_written(originals, tmp_path,
     assert not (tmp_path / "root").exists()
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: SimpleNamespace(free=12 * 4096))
     data(*command)
+
+
+def test_a_disk_that_fills_up_is_said_in_a_sentence_and_the_work_goes_on(originals, tmp_path, capsys, monkeypatch):
+    command = ["imagenet", "--train", originals.train, "--to", tmp_path / "root"]
+    calls = iter(range(5))
+    real = os.replace
+
+    def full(source, target):
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert "No space left on device: mend that, and the same command goes on" in refusal(capsys, *command)
+    data(*command)
+    assert files(tmp_path / "root" / "train") == archives.train_images()
 
 
 def test_what_stands_in_the_place_is_not_written_over(originals, tmp_path, capsys):
@@ -421,6 +448,7 @@ def test_a_file_that_a_power_failure_cut_short_is_written_again(originals, tmp_p
     target = Target(root=tmp_path / "root", form="folders", sharding=Sharding(images=4, seed=0))
     content = stopped_before_the_end(originals, target, monkeypatch)
     next(iter(content.rglob("*.JPEG"))).write_bytes(b"")
+    (content.parent / "listing.npz").write_bytes(b"")
     prepare_train(originals.train, target)
     assert files(target.root / "train") == archives.train_images()
 

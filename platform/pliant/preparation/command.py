@@ -126,7 +126,7 @@ def data_command(arguments: Sequence[str]) -> None:
     """What follows `pliant data`.
 
     Raises:
-        UserError: it cannot be done; the sentence says why.
+        UserError: it cannot be done, or no further; the sentence says why.
         Interrupted: Ctrl-C; the same command goes on.
     """
     command, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
@@ -151,6 +151,9 @@ def data_command(arguments: Sequence[str]) -> None:
             )
     except KeyboardInterrupt:
         raise Interrupted("Stopped; nothing unfinished has taken its place.") from None
+    except OSError as error:  # a full disk, a folder that is gone
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror}: mend that, and the same command goes on.") from None
 
 
 def _imagenet(ask: AskImagenet) -> None:

@@ -7,9 +7,11 @@ ILSVRC2012_img_train.tar holds a tar archive for each of 1,000 classes, named by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+
+import numpy as np
 
 from pliant.data.sources.folder import read_class_list
 from pliant.errors import UserError
@@ -76,7 +78,7 @@ def prepare_folder(folder: Path, split: SplitName, target: Target) -> str:
         return relabelled(listing, _classes(target.root) or listing.classes, folder)
 
     path = str(folder.resolve())
-    return _prepare(split, _Source(path, 0, path), target, listed)
+    return _prepare(split, _Source({"source": path}, path), target, listed)
 
 
 def list_train(archive: Path) -> Listing:
@@ -151,21 +153,16 @@ def relabelled(listing: Listing, classes: tuple[str, ...], folder: Path) -> List
     strangers = sorted(set(listing.classes) - set(classes))
     if strangers:
         raise UserError(f"The class folder {folder / strangers[0]} is not among the training classes: remove it.")
-    labels = {name: label for label, name in enumerate(classes)}
-    entries = (
-        Entry(listing.name(k), labels[listing.classes[int(listing.labels[k])]], *(int(v) for v in listing.places[k]))
-        for k in range(len(listing))
-    )
-    return build(classes, listing.archives, entries, folder=listing.folder)
+    labels = np.array([classes.index(name) for name in listing.classes], np.int32)
+    return replace(listing, classes=classes, labels=labels[listing.labels])
 
 
 @dataclass(frozen=True)
 class _Source:
     """What images are written from."""
 
-    name: str
-    size: int
-    """In bytes; 0 for a folder."""
+    described: dict[str, object]
+    """By what it is known again, wherever it lies then."""
     key: str
     """Changes where what was listed may no longer be so."""
 
@@ -175,14 +172,15 @@ def _source(archive: Path) -> _Source:
         status = archive.stat()
     except OSError as error:
         raise UserError(f"The archive {archive} cannot be read ({error.strerror}): write where it lies.") from None
-    return _Source(archive.name, status.st_size, f"{archive.resolve()} {status.st_size} {status.st_mtime_ns}")
+    described = {"source": archive.name, "source_bytes": status.st_size}
+    return _Source(described, f"{archive.resolve()} {status.st_size} {status.st_mtime_ns}")
 
 
 def _prepare(split: SplitName, source: _Source, target: Target, listed: Callable[[], Listing]) -> str:
     """Listed, checked, written, verified, recorded, moved into place: each of them once, however often stopped."""
     root, form = target.root, target.form
-    settings = {**writers.described(form, target.sharding), "source": source.name, "source_bytes": source.size}
-    entry = recorded(root).get(split, {})
+    settings = {**writers.described(form, target.sharding), **source.described}
+    entry = recorded(root, split)
     is_recorded = settings.items() <= entry.items()
     place = writers.place(root, split, form)
     if is_recorded and place.exists():
@@ -206,12 +204,12 @@ def _written(
     listed: Callable[[], Listing],
 ) -> dict[str, Any]:
     """Write the split to folder/content and record it. Returns the record."""
-    root, form = target.root, target.form
+    root, form, name = target.root, target.form, source.described["source"]
     _check_place(root, split, form)
     listing = load(folder / "listing.npz", source.key) or listed()
     classes = _classes(root)
     if classes and classes != listing.classes:
-        raise UserError(f"{root / CLASS_LIST} names other classes than {source.name}: write another folder as --to.")
+        raise UserError(f"{root / CLASS_LIST} names other classes than {name}: write another folder as --to.")
     check_space(folder / "content", writers.needed_bytes(listing, form))
     forget(root, split)
     content = begin(folder, settings)
@@ -223,7 +221,7 @@ def _written(
             writers.write_shards(listing, content, split, target.sharding, advance)
     writers.verify(listing, content, form)
     if len(listing.classes) == _CLASSES and len(listing) != _IMAGES[split]:
-        note(f"warning: ILSVRC2012 has {_IMAGES[split]:,} images in {split}, and {source.name} has {len(listing):,}.")
+        note(f"warning: ILSVRC2012 has {_IMAGES[split]:,} images in {split}, and {name} has {len(listing):,}.")
     write_text(root / CLASS_LIST, "".join(f"{name}\n" for name in listing.classes))
     size = int(listing.sizes.sum())
     entry = {**settings, "images": len(listing), "classes": len(listing.classes), "bytes": size}

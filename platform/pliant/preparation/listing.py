@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -140,14 +141,16 @@ def save(listing: Listing, path: Path, key: str) -> None:
 
 def load(path: Path, key: str) -> Listing | None:
     """The listing kept there under that key; None if there is none."""
-    if not path.is_file():
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
+            text = json.loads(str(kept["text"]))
+            names, labels, places = kept["names"], kept["labels"], kept["places"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None  # absent, or cut short by a power failure: listed anew
+    if text["key"] != key:
         return None
-    with np.load(path, allow_pickle=False) as kept:
-        text = json.loads(str(kept["text"]))
-        if text["key"] != key:
-            return None
-        archives = tuple(Path(archive) for archive in text["archives"])
-        return Listing(tuple(text["classes"]), kept["names"], kept["labels"], kept["places"], archives, text["folder"])
+    archives = tuple(Path(archive) for archive in text["archives"])
+    return Listing(tuple(text["classes"]), names, labels, places, archives, text["folder"])
 
 
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:

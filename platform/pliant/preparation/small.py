@@ -133,6 +133,8 @@ def _archive(form: Form, given: Path) -> Path:
 
 def _unpack(archive: Path, folder: Path, form: Form) -> Path:
     """The folder with the dataset's files, below folder/content."""
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError("This Python cannot unpack archives safely: use 3.11.4 or newer, or unpack it with tar.")
     try:
         with tarfile.open(archive, "r:*") as opened:
             found = opened.getmembers()

@@ -1,7 +1,8 @@
 """Work that may be stopped at any moment and goes on where it stopped, and shows its result only when that is whole.
 
-A split is written below ROOT/.SPLIT.partial, which readers of ROOT pass over. When it is whole, ROOT/prepared.json says
-what it is, and then it is moved into place; so a split is finished if it is both recorded and in its place.
+A split is written below ROOT/.SPLIT.partial, which readers of ROOT pass over. When it is whole,
+ROOT/prepared-SPLIT.json says what it is, and then it is moved into place; so a split is finished if it is both recorded
+and in its place.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from pliant.errors import UserError
 
-RECORD = "prepared.json"
+_DISK_BLOCK = 512  # bytes, the unit of st_blocks whatever the file system's own is
 
 
 @contextmanager
@@ -73,27 +74,36 @@ def discard(root: Path, name: str) -> None:
     shutil.rmtree(root / f".{name}.partial", ignore_errors=True)
 
 
-def recorded(root: Path) -> dict[str, Any]:
-    """What root/prepared.json says, by the name of the work; empty if there is no such file."""
+def recorded(root: Path, name: str) -> dict[str, Any]:
+    """What is recorded of a piece of work; empty if nothing is.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    path = _record(root, name)
     try:
-        found = json.loads((root / RECORD).read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        raise UserError(f"{root / RECORD} cannot be read: remove it together with what it describes.") from None
-    return found if isinstance(found, dict) else {}
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be read: remove it together with what it describes.")
+    return found
 
 
 def record(root: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Write that a piece of work is whole."""
-    write_text(root / RECORD, json.dumps(recorded(root) | {name: dict(entry)}, indent=2) + "\n")
+    write_text(_record(root, name), json.dumps(entry, indent=2) + "\n")
 
 
 def forget(root: Path, name: str) -> None:
     """Take a record back: what it described is gone, and is made anew."""
-    entries = recorded(root)
-    if entries.pop(name, None) is not None:
-        write_text(root / RECORD, json.dumps(entries, indent=2) + "\n")
+    _record(root, name).unlink(missing_ok=True)
+
+
+def _record(root: Path, name: str) -> Path:
+    return root / f"prepared-{name}.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,7 +126,7 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         UserError: there is too little room.
     """
-    there = sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file()) if folder.is_dir() else 0
+    there = sum(path.stat().st_blocks * _DISK_BLOCK for path in folder.rglob("*"))
     above = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(above).free
     if needed - there > free:

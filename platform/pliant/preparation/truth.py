@@ -34,8 +34,12 @@ def from_devkit(path: Path) -> dict[str, str]:
         synsets = np.atleast_1d(scipy_io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         # Groups of classes stand there too, under numbers that no image has.
         wnids = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
+        if strange := [wnid for wnid in wnids.values() if not wnid.isalnum()]:
+            raise UserError(f"{path} names a class {strange[0]!r}: write the kit from the publisher.")  # noqa: TRY301
         numbers = [int(line) for line in truth.decode().split()]
         return {f"ILSVRC2012_val_{place:08d}.JPEG": wnids[number] for place, number in enumerate(numbers, 1)}
+    except UserError:
+        raise
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f"The development kit {path} cannot be read ({reason(error)}): fetch it again.") from None
 

@@ -57,7 +57,7 @@ def write_folders(listing: Listing, content: Path, advance: Callable[[int], None
             target.parent.mkdir(parents=True, exist_ok=True)
             made.add(folder)
         if not _has_size(target, int(listing.sizes[position])):
-            _replace(target, listing.span(position).read(), flush=False)
+            _replace(target, listing.span(position).read())
         advance(1)
     os.sync()  # once for all: flushing each of a million files takes hours
 
@@ -172,12 +172,9 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
     shard.addfile(member, io.BytesIO(content))
 
 
-def _replace(target: Path, content: bytes, *, flush: bool) -> None:
+def _replace(target: Path, content: bytes) -> None:
     beside = target.with_name(f".{target.name}.part")
-    with open(beside, "wb") as file:
-        file.write(content)
-        if flush:
-            os.fsync(file.fileno())
+    beside.write_bytes(content)
     os.replace(beside, target)
 
 
