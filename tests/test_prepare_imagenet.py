@@ -378,10 +378,10 @@ def test_labels_that_do_not_fit_are_refused(originals, tmp_path, capsys):
 
 
 def test_a_devkit_whose_classes_lead_elsewhere_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "WNIDS", ("../../x", "n02105855", "n15075141"))
+    monkeypatch.setattr(archives, "WNIDS", ("..", "n02105855", "n15075141"))
     monkeypatch.setattr(archives, "IDS", dict(zip(archives.WNIDS, (449, 2, 100), strict=True)))
     kit = archives.devkit(tmp_path / "kit.tar.gz")
-    with pytest.raises(UserError, match=r"names a class '\.\./\.\./x'"):
+    with pytest.raises(UserError, match=r"names a class '\.\.'"):
         truth.from_devkit(kit)
 
 

@@ -165,6 +165,7 @@ def test_a_folder_of_classes_and_a_folder_of_tars_are_verified_without_splits(im
     assert "is no folder" in refusal(capsys, "verify", tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refusal(capsys, "verify", tmp_path / "empty")
+    assert "no folder for" in refusal(capsys, "verify", image_folder, "--json", tmp_path / "gone" / "x.json")
     assert "--workers 1" in refusal(capsys, "verify", image_folder, "--workers", 0)
 
 
@@ -192,6 +193,12 @@ def test_a_decoder_that_dies_takes_one_image_with_it(image_folder, tmp_path, mon
     assert report.images == 24
     assert [Path(finding.file).name for finding in report.broken] == ["2.png"]
     assert "ended with status -11" in report.broken[0].reason
+
+
+def test_a_decoder_that_cannot_start_is_no_fault_of_the_images(image_folder, monkeypatch):
+    monkeypatch.setattr(verify, "COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match="did not start"):
+        verify.verify("x", of_folder(image_folder / "train"), 2)
 
 
 def test_decoders_end_with_whoever_started_them(image_folder):

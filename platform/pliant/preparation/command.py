@@ -144,11 +144,8 @@ def data_command(arguments: Sequence[str]) -> None:
             _verify(tyro.cli(AskVerify, args=rest, prog=prog))
         else:
             ask = tyro.cli(AskSmall, args=rest, prog=prog)
-            print(
-                small.prepare_svhn(ask.from_, ask.to)
-                if command == "svhn"
-                else small.prepare_cifar(command, ask.from_, ask.to)
-            )
+            svhn = command == "svhn"
+            print(small.prepare_svhn(ask.from_, ask.to) if svhn else small.prepare_cifar(command, ask.from_, ask.to))
     except KeyboardInterrupt:
         raise Interrupted("Stopped; nothing unfinished has taken its place.") from None
     except OSError as error:  # a full disk, a folder that is gone
@@ -195,6 +192,8 @@ def _split(ask: AskSplit) -> None:
 def _verify(ask: AskVerify) -> None:
     if ask.workers < 1:
         raise UserError(f"{ask.workers} processes decode nothing: write --workers 1 or more.")
+    if ask.json is not None and not ask.json.absolute().parent.is_dir():
+        raise UserError(f"There is no folder for {ask.json}: make it, or write another file as --json.")
     found = verification.listings(ask.root, ask.split)
     reports = []
     for place, listing in found.items():
@@ -203,9 +202,8 @@ def _verify(ask: AskVerify) -> None:
         for kind, findings in (("broken", report.broken), ("odd", report.odd)):
             for finding in findings:
                 print(f"{kind}: {finding.file}: {finding.reason}")
-        print(
-            f"{place}: {report.images:,} images, {len(report.broken):,} broken, {len(report.odd):,} unusual", flush=True
-        )
+        broken, odd = len(report.broken), len(report.odd)
+        print(f"{place}: {report.images:,} images, {broken:,} broken, {odd:,} unusual", flush=True)
     if ask.json is not None:
         verification.write_report(reports, ask.json)
     broken, images = sum(len(report.broken) for report in reports), sum(report.images for report in reports)

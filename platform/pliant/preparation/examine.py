@@ -1,7 +1,8 @@
 """Decodes images strictly, in a process of its own: a decoder that crashes takes one image with it, not the run.
 
-Reads a JSON line [path, offset, size, name] for each image from stdin and answers with a line of findings. Ends when
-stdin does, so none is left behind if whoever started it is killed. Imports little, as there is one for each core.
+Says READY, then reads a JSON line [path, offset, size, whole, name] for each image from stdin and answers with a line
+of findings. Ends when stdin does, so none is left behind if whoever started it is killed. Imports little, as there is
+one for each core.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from pliant.errors import UserError
 from pliant.preparation.span import Span
+
+READY = "ready"
 
 _FORMATS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -72,14 +75,14 @@ def _oddities(image: Image.Image, content: bytes, name: str) -> list[str]:
 
 def main() -> None:
     """Answer until stdin ends."""
+    print(READY, flush=True)
     for line in sys.stdin.buffer:
         path, offset, size, whole, name = json.loads(line)
         try:
             broken, odd = examine(Span(path, offset, size, whole).read(), name)
         except UserError as error:
             broken, odd = str(error), []
-        sys.stdout.write(json.dumps([broken, odd]) + "\n")
-        sys.stdout.flush()
+        print(json.dumps([broken, odd]), flush=True)
 
 
 if __name__ == "__main__":

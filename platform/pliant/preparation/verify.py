@@ -18,6 +18,7 @@ from typing import Literal
 
 from pliant.data.index import class_folders
 from pliant.errors import UserError
+from pliant.preparation.examine import READY
 from pliant.preparation.listing import Listing, of_folder, of_shards
 from pliant.preparation.progress import progress
 from pliant.preparation.staging import write_text
@@ -108,11 +109,17 @@ class _Decoder:
 
     def __init__(self) -> None:
         self._process = self._start()
+        self._greeted = False
 
     def examine(self, listing: Listing, position: int) -> _Found:
         """What is found in one image."""
-        question = json.dumps([*listing.span(position), listing.name(position)])
         assert self._process.stdin is not None and self._process.stdout is not None
+        if not self._greeted:
+            # Without this, a process that cannot start at all would have every image be broken.
+            if self._process.stdout.readline().decode().strip() != READY:
+                raise RuntimeError(f"A process that decodes did not start: {' '.join(COMMAND)}")
+            self._greeted = True
+        question = json.dumps([*listing.span(position), listing.name(position)])
         try:
             self._process.stdin.write(question.encode() + b"\n")
             self._process.stdin.flush()
@@ -122,7 +129,7 @@ class _Decoder:
         if not answer:
             status = self._process.wait()
             self.close()
-            self._process = self._start()
+            self._process, self._greeted = self._start(), False
             return f"its decoder ended with status {status}", []
         reason, oddities = json.loads(answer)
         return reason, oddities
