@@ -57,6 +57,7 @@ BROKEN = {
     "cut.jpg": (encoded("JPEG")[:-400], "truncated"),
     "cut.png": (encoded("PNG")[:-400], "truncated"),
     "flipped.png": (encoded("PNG")[:900] + b"\0\0" + encoded("PNG")[902:], ""),
+    "checksum.png": (encoded("PNG")[:-16] + b"\0\0\0\0" + encoded("PNG")[-12:], "checksum"),
     "header_only.jpg": (encoded("JPEG")[:620], "truncated"),
     "bomb.png": (encoded("PNG", Image.new("1", (20000, 10000))), "decompression bomb"),
 }
@@ -123,13 +124,13 @@ def test_command_lists_findings_and_ends_with_status_2(image_folder, tmp_path, c
         cli.main(["data", "verify", str(image_folder), "--workers", "2", "--json", str(report)])
     assert caught.value.code == 2
     said = capsys.readouterr()
-    assert f"error: 7 of 47 images in {image_folder} are broken" in said.err
+    assert f"error: 8 of 48 images in {image_folder} are broken" in said.err
     folder = image_folder / "val" / "dog"
     for kind, cases in (("broken", BROKEN), ("odd", ODD)):
         lines = [line for line in said.out.splitlines() if line.startswith(f"{kind}: ")]
         assert len(lines) == len(cases)
         assert all(any(line.startswith(f"{kind}: {folder / name}: ") for line in lines) for name in cases)
-    assert said.out.splitlines()[-1] == f"{image_folder / 'val'}: 23 images, 7 broken, 7 unusual"
+    assert said.out.splitlines()[-1] == f"{image_folder / 'val'}: 24 images, 8 broken, 7 unusual"
     train, val = json.loads(report.read_text())
     assert (train["images"], train["broken"], train["odd"]) == (24, [], [])
     assert {Path(finding["file"]).name for finding in val["broken"]} == BROKEN.keys()
@@ -144,7 +145,7 @@ def test_shards_are_verified_like_the_folder_they_were_made_from(image_folder, t
     shards = tmp_path / "shards"
     cli.main(["data", "shards", "--root", str(image_folder), "--to", str(shards), "--shard-images", "10"])
     said = refusal(capsys, "verify", shards, "--workers", 2)
-    assert "7 of 47 images" in said
+    assert "8 of 48 images" in said
     with pytest.raises(SystemExit):
         cli.main(["data", "verify", str(shards), "--split", "val", "--workers", "2"])
     lines = capsys.readouterr().out.splitlines()

@@ -31,6 +31,7 @@ _FORMATS = {
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = 1
 _LARGE = 40e6  # pixels: 120 MB decoded, more than any image of ImageNet
+_PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTH = 24  # where a PNG says how many bits a channel has
 
 
@@ -47,7 +48,11 @@ def examine(content: bytes, name: str) -> tuple[str | None, list[str]]:
             warnings.simplefilter("ignore")  # of Pillow's: what they warn of is found below
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
-                return None, _oddities(image, content, name)
+                oddities = _oddities(image, content, name)
+            if content.startswith(_PNG):
+                with Image.open(io.BytesIO(content)) as image:
+                    image.verify()  # its own checksums, which decoding passes over
+            return None, oddities
     except UnidentifiedImageError:
         return "its format is unknown", []
     except Exception as error:  # a damaged file may raise anything

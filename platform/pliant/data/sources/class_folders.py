@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from pliant.data.index import SUFFIXES, Pixels, class_folders, unreadable
+from pliant.data.index import SUFFIXES, Pixels, class_folders
 from pliant.errors import UserError
 
 SIDE = 32
@@ -78,7 +78,9 @@ def _decode(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as opened:
             image = np.asarray(opened.convert("RGB"))
     except Exception as error:  # a damaged file may raise anything
-        raise unreadable(str(path), error) from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "its format is unknown" if unknown else " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The file {path} is no readable image ({why}): replace it or remove it.") from None
     if image.shape != (SIDE, SIDE, 3):
         raise UserError(
             f"The file {path} has {image.shape[1]} x {image.shape[0]} pixels where {SIDE} x {SIDE} are expected: "
