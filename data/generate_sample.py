@@ -13,7 +13,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,13 +241,32 @@ def write_image(job: tuple[Path, int, str, int]) -> tuple[str | float, ...]:
 def fill(folder: Path, seed: int, counts: dict[str, int], workers: int) -> None:
     """Write that many images of each split, and the table of their difficulty."""
     jobs = [(folder, seed, split, index) for split, count in counts.items() for index in range(count)]
-    # A Pool, as its idle workers end when this process is killed; Ctrl-C is for this process alone.
-    pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with pool, open(folder / "difficulty.csv", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("file", *Difficulty._fields))
-        lines = pool.imap(write_image, jobs, chunksize=50)
-        table.writerows(track(lines, "Generating", len(jobs), console=Console(stderr=True)))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
+    try:
+        # Workers start here and keep it that interrupts are held back: Ctrl-C is for this process alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        lines = pool.map(write_image, jobs, chunksize=50)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with open(folder / "difficulty.csv", "w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("file", *Difficulty._fields))
+            table.writerows(track(lines, "Generating", len(jobs), console=Console(stderr=True)))
+    except BrokenProcessPool:
+        raise Refusal("A worker was killed, perhaps for want of memory: try again, with fewer --workers.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Called in each worker: ends it when the process that started it is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextmanager

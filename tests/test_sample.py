@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +34,24 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def run(*arguments: object) -> subprocess.Popen[str]:
+    """Starts the script as the first process of a group of its own, as a shell does."""
     command = [sys.executable, *map(str, (SCRIPT, *arguments))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The worker processes of a run."""
+    found = []
+    for children in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +166,44 @@ def test_an_interrupted_run_leaves_nothing_that_looks_complete(few: Path, tmp_pa
     assert not root.exists() and not (partial / "sample.json").exists()
     assert generate(small(root)) and not partial.exists()
     assert contents(root) == contents(few)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, None])
+def test_ctrl_c_says_one_sentence_whether_workers_start_or_work(tmp_path: Path, seconds: float | None) -> None:
+    process = run(tmp_path / "sample", "--workers", 2)
+    if seconds is None:
+        wait_for(lambda: list(tmp_path.glob("sample.partial/train/*/*.jpeg")), process)
+    else:
+        wait_for(lambda: len(workers(process)) == 2, process)
+        time.sleep(seconds)
+    started = workers(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == f"Stopped: {tmp_path / 'sample'} is not there yet; the same command begins again."
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+    assert not (tmp_path / "sample").exists()
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    process = run(tmp_path / "sample", "--workers", 2)
+    wait_for(lambda: list(tmp_path.glob("sample.partial/train/*/*.jpeg")), process)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert "A worker was killed, perhaps for want of memory" in errors.splitlines()[-1]
+    assert not (tmp_path / "sample").exists()
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    process = run(tmp_path / "sample", "--workers", 2)
+    wait_for(lambda: list(tmp_path.glob("sample.partial/train/*/*.jpeg")), process)
+    started = workers(process)
+    assert len(started) == 2
+    process.kill()
+    process.communicate(timeout=30)  # its pipes close when the last of them has ended
 
 
 def test_a_folder_that_is_something_else_is_refused(few: Path, tmp_path: Path) -> None:

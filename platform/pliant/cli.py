@@ -1,4 +1,4 @@
-"""The command line: `pliant train|spectrum|calibrate|export|checkpoint`, and the end of every recipe file.
+"""The command line: `pliant train|spectrum|calibrate|export|checkpoint|data`, and the end of every recipe file.
 
 A user's mistake is one sentence on stderr and exit status 2.
 """
@@ -34,6 +34,7 @@ _COMMANDS = {
     "calibrate": "batch-norm statistics of points: pliant calibrate RUN --at 0.5",
     "checkpoint": "list or verify a run's checkpoints: pliant checkpoint verify RUN",
     "export": "an ordinary network at one point: pliant export RUN --at 0.5",
+    "data": "unpack, shard, split or verify a dataset: pliant data --help",
 }
 
 Run = Annotated[Path, tyro.conf.Positional]
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guard(lambda: _checkpoint(given[1:]))
     elif command == "export":
         _guard(lambda: _export(tyro.cli(AskExport, args=given[1:], prog="pliant export")))
+    elif command == "data":
+        _guard(lambda: _data(given[1:]))
     else:
         lines = "\n".join(f"  {name:<10} {text}" for name, text in _COMMANDS.items())
         asked = command in ("-h", "--help")
@@ -242,6 +245,12 @@ def _checkpoint(arguments: Sequence[str]) -> None:
     damaged = [one for one in found if isinstance(one, str)]
     if damaged:
         raise UserError(f"{'; '.join(damaged)}. A run that is resumed steps over it.")
+
+
+def _data(arguments: Sequence[str]) -> None:
+    from pliant.preparation.command import data_command
+
+    data_command(arguments)
 
 
 def parse_points(texts: Sequence[str]) -> list[Point]:

@@ -23,9 +23,9 @@ BackendName = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3
 class Data(Augmentation):
     """Which images, and how they are fed."""
 
-    source: Literal["folder", "cifar10"] = "folder"
-    """folder: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE. cifar10: the dataset's own files, held in
-    memory."""
+    source: Literal["folder", "cifar10", "cifar100", "svhn"] = "folder"
+    """folder: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE. cifar10, cifar100 (fine classes), svhn: the dataset's own
+    files, or class folders of 32 x 32 images, held in memory."""
     root: Path | None = None
     """Where the dataset lies."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -45,7 +45,9 @@ class Data(Augmentation):
     statistics: Literal["dataset", "imagenet"] = "dataset"
     """Mean and deviation that colours are normalised by: of the dataset, or ImageNet's, for weights trained so."""
     flip: bool = True
-    """Mirror each training image with probability 1/2."""
+    """Mirror each training image with probability 1/2; never SVHN's, as a mirrored digit is no digit."""
+    extra: bool = False
+    """Train on SVHN's 531,131 extra images as well."""
     held_out: int = 0
     """Training images kept back, a fixed draw: followed in validation, and by them the best checkpoint is
     chosen. 0 trains on all images and follows the validation images, without choosing by them."""
@@ -84,6 +86,13 @@ class Data(Augmentation):
             value: int | None = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--data.{name.replace('_', '-')} cannot be {value}: write {least} or more.")
+        if self.extra and self.source != "svhn":
+            raise UserError(f"Only SVHN has extra images, not {self.source}: leave --data.extra out.")
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether training images are mirrored."""
+        return self.flip and self.source != "svhn"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from pliant.data.index import Split
 from pliant.data.sources.cifar10 import open_cifar10
+from pliant.data.sources.cifar100 import open_cifar100
 from pliant.data.sources.folder import open_folder
+from pliant.data.sources.svhn import open_svhn
 from pliant.errors import UserError
 from pliant.experiment import Data
 from pliant.randomness import philox
@@ -27,7 +29,7 @@ class Dataset:
     held_out: Split | None
     """Training images kept back; None where `data.held_out` is 0."""
     val: Split | None
-    """Validation images, CIFAR-10's test images; None where there are none."""
+    """Validation images, the test images of CIFAR and SVHN; None where there are none."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
     num_classes: int
@@ -66,6 +68,10 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     val: Split | None
     if data.source == "cifar10":
         train, val = open_cifar10(data.root)
+    elif data.source == "cifar100":
+        train, val = open_cifar100(data.root)
+    elif data.source == "svhn":
+        train, val = open_svhn(data.root, extra=data.extra)
     else:
         train, val = open_folder(data.root, data.class_list)
     found = len(train.classes)

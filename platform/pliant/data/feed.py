@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pliant.data.dataset import Dataset, SplitName, open_dataset
-from pliant.data.device import CIFAR10, IMAGENET, Finish
+from pliant.data.device import IMAGENET, OF_SOURCE, Finish
 from pliant.data.index import Index, Split
 from pliant.data.loaders import Loaded, Loader, Request
 from pliant.data.loaders.dali import DaliLoader, available
@@ -88,7 +88,7 @@ class Feed:
         self.loader = _loader_name(dataset.train, data)
         """What decodes: dali, torchvision or resident."""
         self._order = Order(images, seed, data.tail)
-        own = CIFAR10 if data.source == "cifar10" and data.statistics == "dataset" else IMAGENET
+        own = OF_SOURCE[data.source] if data.statistics == "dataset" else IMAGENET
         self._finish = Finish(own, self.device)
         self._loaders: dict[SplitName, Loader] = {}
         self._loader_of("train")  # what is not installed is missed now

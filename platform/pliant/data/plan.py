@@ -178,7 +178,7 @@ def _fallback(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _flips(images: int, data: Data, draws: Draws) -> NDArray[np.bool_]:
-    return draws("flip").random(images) < 0.5 if data.flip else np.zeros(images, np.bool_)
+    return draws("flip").random(images) < 0.5 if data.mirrors else np.zeros(images, np.bool_)
 
 
 def _jitter(images: int, data: Data, draws: Draws) -> NDArray[np.float32] | None:

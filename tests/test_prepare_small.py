@@ -1,0 +1,176 @@
+"""CIFAR's archives and SVHN's files are unpacked safely, checked, and read once before they count."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pliant import cli
+from pliant.data import open_dataset
+from pliant.experiment import Data
+from pliant.preparation import small
+from tests.archives import files, refusal, tar
+from tests.runs import tiny_cifar
+from tests.test_data_small import write_cifar100, write_svhn
+
+
+def packed(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, folder.name)
+    return path
+
+
+@pytest.fixture
+def cifar_archive(tmp_path: Path) -> Path:
+    (tmp_path / "from").mkdir()
+    folder = tiny_cifar(tmp_path / "made", images=10) / "cifar-10-batches-bin"
+    return packed(folder, tmp_path / "from" / "cifar-10-binary.tar.gz")
+
+
+def data(*arguments: object) -> None:
+    cli.main(["data", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("named", ["archive", "folder"])
+def test_cifar10_is_unpacked_as_it_was_packed(cifar_archive, tmp_path, capsys, named):
+    data("cifar10", "--from", cifar_archive if named == "archive" else cifar_archive.parent, "--to", tmp_path / "root")
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'root' / 'cifar-10-batches-bin'}: complete\n"
+    assert "is not the published file (MD5 " in said.err
+    assert files(tmp_path / "root") == files(tmp_path / "made")
+    assert len(open_dataset(Data(source="cifar10", root=tmp_path / "root"), 0).train) == 50
+    data("cifar10", "--from", cifar_archive, "--to", tmp_path / "root")
+    assert capsys.readouterr().out.endswith("complete already\n")
+
+
+@pytest.mark.parametrize("layout", ["bin", "pickle"])
+def test_cifar100_is_unpacked_whatever_the_archive_is_called(tmp_path, capsys, layout):
+    folder = write_cifar100(tmp_path / "made", layout)
+    data("cifar100", "--from", packed(folder, tmp_path / "mirror.tgz"), "--to", tmp_path / "root")
+    assert files(tmp_path / "root") == files(tmp_path / "made")
+
+
+def test_a_published_archive_draws_no_warning(cifar_archive, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(small.MD5, cifar_archive.name, small.md5(cifar_archive))
+    data("cifar10", "--from", cifar_archive, "--to", tmp_path / "root")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_md5_is_the_usual_one(tmp_path):
+    (tmp_path / "x").write_bytes(b"message digest")
+    assert small.md5(tmp_path / "x") == "f96b697d7cb7938d525a2f31aaf161d0"  # RFC 1321, section A.5
+
+
+def test_archives_that_are_damaged_hold_something_else_or_could_do_harm(cifar_archive, tmp_path, capsys):
+    command = ["cifar10", "--from", cifar_archive, "--to", tmp_path / "root"]
+    whole = cifar_archive.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        cifar_archive.write_bytes(content)
+        assert "cannot be unpacked" in refusal(capsys, *command)
+    tar(cifar_archive, {"x/readme": b""}, "w:gz")
+    assert "does not hold cifar-10-batches-py or cifar-10-batches-bin" in refusal(capsys, *command)
+    tar(cifar_archive, {"cifar-10-batches-bin/data_batch_1.bin": b"x" * 3073, "../x": b""}, "w:gz")
+    assert "leads out of the folder" in refusal(capsys, *command)
+    with tarfile.open(cifar_archive, "w:gz") as archive:
+        link = tarfile.TarInfo("cifar-10-batches-bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+        archive.addfile(link)
+    assert "is a link to /etc" in refusal(capsys, *command)
+    tar(cifar_archive, {"cifar-10-batches-bin/data_batch_1.bin": bytes(3072)}, "w:gz")
+    assert "no whole number of images" in refusal(capsys, *command)
+    cifar_archive.unlink()
+    assert "There is no cifar-10-python.tar.gz or cifar-10-binary.tar.gz" in refusal(capsys, *command)
+    assert not list((tmp_path / "root").glob("cifar*"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unpacking_that_was_stopped_begins_again(cifar_archive, tmp_path, monkeypatch):
+    class Stop(BaseException):
+        pass
+
+    def stopping(*_: object) -> None:
+        raise Stop
+
+    for moment in ("rename", "sync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, moment, stopping)
+            with pytest.raises(Stop):
+                small.prepare_cifar("cifar10", cifar_archive, tmp_path / "root")
+        assert not list((tmp_path / "root").glob("cifar*"))
+    small.prepare_cifar("cifar10", cifar_archive, tmp_path / "root")
+    assert files(tmp_path / "root") == files(tmp_path / "made")
+
+
+def test_svhn_is_copied_and_checked(tmp_path, capsys):
+    made = write_svhn(tmp_path / "made")
+    data("svhn", "--from", made, "--to", tmp_path / "root")
+    assert files(tmp_path / "root") == files(made)
+    assert "warning" in capsys.readouterr().err
+    data("svhn", "--from", made, "--to", tmp_path / "root")
+    assert "complete already" in capsys.readouterr().out
+    write_svhn(made, ("extra",))
+    data("svhn", "--from", made, "--to", tmp_path / "root")
+    assert files(tmp_path / "root") == files(made)
+    (made / "test_32x32.mat").write_bytes(b"other")
+    assert "is there already and differs" in refusal(capsys, "svhn", "--from", made, "--to", tmp_path / "root")
+    assert "SVHN file" in refusal(capsys, "svhn", "--from", made, "--to", tmp_path / "new")
+    (made / "test_32x32.mat").unlink()
+    assert "holds no test_32x32.mat" in refusal(capsys, "svhn", "--from", made, "--to", tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*.mat"))
+
+
+def test_split_lists_what_a_run_with_that_seed_holds_out(image_folder, tmp_path, capsys):
+    where = ["split", "--root", image_folder, "--held-out", 7]
+    data(*where, "--seed", 3)
+    held_out = capsys.readouterr().out.splitlines()
+    dataset = open_dataset(Data(root=image_folder, held_out=7), seed=3)
+    assert [str(image_folder / line) for line in held_out] == [dataset.held_out.path(k) for k in range(7)]
+    data(*where, "--seed", 3, "--rest", "--to", tmp_path / "rest.txt")
+    rest = (tmp_path / "rest.txt").read_text().splitlines()
+    assert [str(image_folder / line) for line in rest] == [dataset.train.path(k) for k in range(17)]
+    data(*where, "--seed", 4)
+    assert capsys.readouterr().out.splitlines() != held_out
+    assert "--held-out 1 or more" in refusal(capsys, "split", "--root", image_folder, "--held-out", 0)
+    assert "none would be left" in refusal(capsys, "split", "--root", image_folder, "--held-out", 24)
+
+
+def test_split_follows_the_class_list_as_a_run_does(image_folder, tmp_path, capsys):
+    names = tmp_path / "classes.txt"
+    names.write_text("newt\ndog\ncat\n")
+    data("split", "--root", image_folder, "--held-out", 7, "--class-list", names)
+    dataset = open_dataset(Data(root=image_folder, held_out=7, class_list=names), seed=0)
+    found = [str(image_folder / line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [dataset.held_out.path(k) for k in range(7)]
+
+
+def test_split_of_images_in_memory_is_by_position(tmp_path, capsys):
+    root = tiny_cifar(tmp_path / "root")
+    data("split", "--source", "cifar10", "--root", root, "--held-out", 20)
+    positions = [int(line) for line in capsys.readouterr().out.splitlines()]
+    everything = open_dataset(Data(source="cifar10", root=root), seed=0).train
+    held_out = open_dataset(Data(source="cifar10", root=root, held_out=20), seed=0).held_out
+    np.testing.assert_array_equal(everything.images[positions], held_out.images)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_help_names_every_command(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        data(*arguments)
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    for command in ("imagenet", "shards", "cifar10", "cifar100", "svhn", "split", "verify"):
+        assert f"\n  {command} " in said
+        with pytest.raises(SystemExit) as caught:
+            data(command, "--help")
+        assert caught.value.code == 0
+
+
+def test_unknown_command_is_refused_with_those_that_there_are(capsys):
+    with pytest.raises(SystemExit) as caught:
+        data("mnist")
+    assert caught.value.code == 2
+    assert "imagenet" in capsys.readouterr().err

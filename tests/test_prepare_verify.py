@@ -1,0 +1,244 @@
+"""`pliant data verify` finds every image that is broken, and says what is unusual about others."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pliant import cli
+from pliant.preparation import verify
+from pliant.preparation.examine import examine
+from pliant.preparation.listing import of_folder
+from tests import archives
+from tests.archives import refusal
+
+NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def encoded(form: str, image: Image.Image | None = None, **options) -> bytes:
+    file = io.BytesIO()
+    (image or Image.fromarray(NOISE)).save(file, form, **options)
+    return file.getvalue()
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded("JPEG", exif=exif)
+
+
+def png16() -> bytes:
+    return encoded("PNG", Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000))
+
+
+ODD = {
+    "png_named.JPEG": (encoded("PNG"), "PNG by its contents"),
+    "cmyk.jpg": (encoded("JPEG", Image.fromarray(NOISE).convert("CMYK")), "CMYK"),
+    "deep.png": (png16(), "more than 8 bits a channel"),
+    "turned.jpg": (rotated(), "to be shown turned or mirrored (EXIF)"),
+    "thin.png": (encoded("PNG", Image.new("RGB", (1, 9))), "1 x 9 pixels"),
+    "large.png": (encoded("PNG", Image.new("1", (8000, 5001))), "very large, 8000 x 5001 pixels"),
+    "endless.jpg": (encoded("JPEG").removesuffix(b"\xff\xd9") + bytes(20), "without its end marker"),
+}
+BROKEN = {
+    "empty.jpg": (b"", "it is empty"),
+    "text.jpg": (b"no image", "its format is unknown"),
+    "cut.jpg": (encoded("JPEG")[:-400], "truncated"),
+    "cut.png": (encoded("PNG")[:-400], "truncated"),
+    "flipped.png": (encoded("PNG")[:900] + b"\0\0" + encoded("PNG")[902:], ""),
+    "checksum.png": (encoded("PNG")[:-16] + b"\0\0\0\0" + encoded("PNG")[-12:], "checksum"),
+    "header_only.jpg": (encoded("JPEG")[:620], "truncated"),
+    "bomb.png": (encoded("PNG", Image.new("1", (20000, 10000))), "decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_unusual_is_said_and_not_called_broken(name):
+    content, said = ODD[name]
+    assert examine(content, name) == (None, [said])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_found_with_its_reason(name):
+    content, said = BROKEN[name]
+    reason, odd = examine(content, name)
+    assert reason is not None
+    assert said in reason.lower()
+    assert odd == []
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("JPEG", ".JPEG"), ("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp"), ("PPM", ".ppm")]
+)
+def test_ordinary_images_have_nothing_said_of_them(form, suffix):
+    assert examine(encoded(form), f"x{suffix}") == (None, [])
+    assert examine(encoded("JPEG", progressive=True), "x.jpg") == (None, [])
+    assert examine(encoded("JPEG", Image.fromarray(NOISE).convert("L")), "x.jpg") == (None, [])
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 0.95])
+def test_a_truncated_file_is_found_wherever_it_ends(keep):
+    for form in ("JPEG", "PNG", "WEBP"):
+        content = encoded(form)
+        reason, _ = examine(content[: int(keep * len(content))], "x.jpg")
+        assert reason is not None, form
+
+
+def test_photographs_are_told_apart_as_their_list_says(shared_data):
+    with open(shared_data / "photos_odd" / "odd.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        name = row["file"]
+        reason, odd = examine((shared_data / "photos_odd" / name).read_bytes(), name)
+        made = " ".join(row.values()).lower()
+        assert (reason is not None) == ("truncated" in made), name
+        assert ("CMYK" in odd) == ("cmyk" in made and "truncated" not in made), name
+        assert ("PNG by its contents" in odd) == ("png" in made), name
+
+
+def fill(image_folder: Path) -> None:
+    for name, (content, _) in {**ODD, **BROKEN}.items():
+        (image_folder / "val" / "dog" / name).write_bytes(content)
+
+
+def test_command_lists_findings_and_ends_with_status_2(image_folder, tmp_path, capsys):
+    cli.main(["data", "verify", str(image_folder), "--workers", "2"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{image_folder / name}: {n} images, 0 broken, 0 unusual" for name, n in (("train", 24), ("val", 9))
+    ]
+    fill(image_folder)
+    report = tmp_path / "report.json"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "verify", str(image_folder), "--workers", "2", "--json", str(report)])
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert f"error: 8 of 48 images in {image_folder} are broken" in said.err
+    folder = image_folder / "val" / "dog"
+    for kind, cases in (("broken", BROKEN), ("odd", ODD)):
+        lines = [line for line in said.out.splitlines() if line.startswith(f"{kind}: ")]
+        assert len(lines) == len(cases)
+        assert all(any(line.startswith(f"{kind}: {folder / name}: ") for line in lines) for name in cases)
+    assert said.out.splitlines()[-1] == f"{image_folder / 'val'}: 24 images, 8 broken, 7 unusual"
+    train, val = json.loads(report.read_text())
+    assert (train["images"], train["broken"], train["odd"]) == (24, [], [])
+    assert {Path(finding["file"]).name for finding in val["broken"]} == BROKEN.keys()
+    assert {Path(finding["file"]).name: finding["reason"] for finding in val["odd"]} == {
+        k: v[1] for k, v in ODD.items()
+    }
+    cli.main(["data", "verify", str(image_folder), "--split", "train", "--workers", "1"])
+
+
+def test_shards_are_verified_like_the_folder_they_were_made_from(image_folder, tmp_path, capsys):
+    fill(image_folder)
+    shards = tmp_path / "shards"
+    cli.main(["data", "shards", "--root", str(image_folder), "--to", str(shards), "--shard-images", "10"])
+    said = refusal(capsys, "verify", shards, "--workers", 2)
+    assert "8 of 48 images" in said
+    with pytest.raises(SystemExit):
+        cli.main(["data", "verify", str(shards), "--split", "val", "--workers", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    reasons = sorted(line.split(": ", 2)[2] for line in lines if line.startswith("broken: "))
+    assert reasons == sorted(examine(content, name)[0] for name, (content, _) in BROKEN.items())
+    assert all("val-00000" in line for line in lines[:-1])
+    for path in (shards / "train").parent.glob("train-*"):
+        path.unlink()
+    assert "images of train" in refusal(capsys, "verify", shards, "--split", "train")
+
+
+def test_a_folder_of_classes_and_a_folder_of_tars_are_verified_without_splits(image_folder, tmp_path, capsys):
+    cli.main(["data", "verify", str(image_folder / "train"), "--workers", "1"])
+    assert "24 images, 0 broken" in capsys.readouterr().out
+    (tmp_path / "tars").mkdir()
+    archives.tar(tmp_path / "tars" / "x.tar", {"cat/1.jpg": encoded("JPEG"), "cat/2.jpg": b"no"})
+    assert "1 of 2 images" in refusal(capsys, "verify", tmp_path / "tars", "--workers", 1)
+    assert "is no folder" in refusal(capsys, "verify", tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refusal(capsys, "verify", tmp_path / "empty")
+    assert "no folder for" in refusal(capsys, "verify", image_folder, "--json", tmp_path / "gone" / "x.json")
+    assert "--workers 1" in refusal(capsys, "verify", image_folder, "--workers", 0)
+
+
+def test_any_number_of_workers_finds_the_same_in_the_same_order(image_folder, monkeypatch):
+    fill(image_folder)
+    monkeypatch.setattr(verify, "_CHUNK", 3)
+    listing = of_folder(image_folder / "val")
+    assert verify.verify("x", listing, 1) == verify.verify("x", listing, 3)
+
+
+def test_a_decoder_that_dies_takes_one_image_with_it(image_folder, tmp_path, monkeypatch):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import json, os, signal, sys\n"
+        "from pliant.preparation import examine\n"
+        "real = examine.examine\n"
+        "def dying(content, name):\n"
+        "    if name == 'cat/2.png': os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    return real(content, name)\n"
+        "examine.examine = dying\n"
+        "examine.main()\n"
+    )
+    monkeypatch.setattr(verify, "COMMAND", [sys.executable, str(script)])
+    report = verify.verify("x", of_folder(image_folder / "train"), 2)
+    assert report.images == 24
+    assert [Path(finding.file).name for finding in report.broken] == ["2.png"]
+    assert "ended with status -11" in report.broken[0].reason
+
+
+def test_a_decoder_that_cannot_start_is_no_fault_of_the_images(image_folder, monkeypatch):
+    monkeypatch.setattr(verify, "COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match="did not start"):
+        verify.verify("x", of_folder(image_folder / "train"), 2)
+
+
+def test_decoders_end_with_whoever_started_them(image_folder):
+    for number in range(60):
+        shutil.copytree(image_folder / "train" / "cat", image_folder / "train" / f"cat{number}")
+    slow = encoded("PNG", Image.new("RGB", (3000, 3000)))
+    for path in (image_folder / "train").rglob("*.png"):
+        path.write_bytes(slow)
+    code = "from pliant.preparation.command import data_command; import sys; data_command(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "verify", str(image_folder), "--workers", "2"], stderr=subprocess.DEVNULL
+    )
+    while not children(process.pid):
+        assert process.poll() is None
+        time.sleep(0.01)
+    started = children(process.pid)
+    process.kill()
+    process.wait()
+    ends = time.monotonic() + 20
+    while time.monotonic() < ends and any(Path(f"/proc/{pid}").exists() for pid in started):
+        time.sleep(0.02)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+def test_decoders_import_no_torch():
+    code = "import pliant.preparation.examine, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_damaged_shard_is_named(tmp_path, capsys):
+    path = archives.tar(tmp_path / "train-000000.tar", {"a.jpg": encoded("JPEG"), "a.cls": b"0"})
+    with tarfile.open(path) as shard:
+        end = shard.getmembers()[-1].offset
+    path.write_bytes(path.read_bytes()[:end])
+    assert str(path) in refusal(capsys, "verify", tmp_path)
