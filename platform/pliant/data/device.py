@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pliant.data.buffers import Buffers
 from pliant.data.erasing import erase_
 from pliant.data.mixing import mix_
 from pliant.data.operations import changed
@@ -56,6 +57,7 @@ class Finish:
         std = torch.tensor(normalisation.std, dtype=torch.float64)
         mean = torch.tensor(normalisation.mean, dtype=torch.float64)
         self.device = device
+        self._buffers = Buffers()
         self._grey = torch.tensor(GREY, device=device)
         self._scale = (1 / (255 * std)).float().to(device)
         self._shift = (-mean / std).float().to(device)
@@ -76,7 +78,7 @@ class Finish:
         if plan.operations is not None:
             images = changed(images, plan.operations)
         batch, _, height, width = images.shape
-        rows = images.permute(0, 2, 3, 1).reshape(batch, height, 3 * width).float()
+        rows = self._floats(images.permute(0, 2, 3, 1).reshape(batch, height, 3 * width))
         if plan.jitter is not None:
             jitter_(rows, torch.from_numpy(plan.jitter).to(self.device, non_blocking=True), self._grey)
         shift = self._shift[None, None]
@@ -90,6 +92,11 @@ class Finish:
         if plan.mixing is not None:
             mix_(finished, plan.mixing)
         return finished
+
+    def _floats(self, rows: Tensor) -> Tensor:
+        if rows.device.type != "cpu":
+            return rows.float()
+        return self._buffers.take(tuple(rows.shape)).copy_(rows)
 
 
 def mirrored(images: Tensor, flip: NDArray[np.bool_]) -> Tensor:
