@@ -68,8 +68,10 @@ def place(window: Tensor, plan: Plan, index: int, target: Tensor) -> None:
     """
     resized = (int(plan.resized[index, 0]), int(plan.resized[index, 1]))
     if window.shape[1:] != resized:
+        # Said to be channels last by the stride of its batch of one too, else torch makes planes of it and back.
+        one = window.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         window = torch.nn.functional.interpolate(
-            window[None], size=resized, mode="bilinear", antialias=True, align_corners=False
+            one, size=resized, mode="bilinear", antialias=True, align_corners=False
         )[0]
     cut(window, plan, index, target)
 
