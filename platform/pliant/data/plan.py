@@ -52,7 +52,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.flip)
 
-    def part(self, images: slice) -> Plan:
+    def part(self, images: slice | NDArray[np.int64]) -> Plan:
         """The plan of some of the images."""
         return Plan(
             window=self.window[images],
