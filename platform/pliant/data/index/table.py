@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 _DTYPES = {"U8": np.uint8, "BOOL": np.bool_, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 _METADATA = "pliant.index"
@@ -98,8 +98,9 @@ def write_table(table: Table, path: Path) -> None:
     words = {name: getattr(listing, name) for name in ("sources", "whole", "classes", "numbered", "stamps")}
     words |= {"strict": table.strict, "reasons": table.reasons}
     beside = path.with_suffix(".partial")  # one for all processes: only the holder of the lock writes
-    save_file(arrays, beside, {_METADATA: json.dumps(words)})
-    with open(beside, "rb+") as file:
+    with open(beside, "wb") as file:
+        file.write(save(arrays, {_METADATA: json.dumps(words)}))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
 

@@ -52,6 +52,7 @@ class DaliLoader:
         self._device = device
         self._gpu = device.type == "cuda"
         self._faults = faults or Faults(share=1.0)
+        self._told = False
         self._reference = TorchvisionLoader(index, threads, device, self._faults)
 
     def stream(self, requests: Iterable[Request]) -> Generator[Loaded, None, None]:
@@ -61,9 +62,8 @@ class DaliLoader:
         if first is None:
             return
         with closing(read_ahead(self._index, self._faults, chain([first], coming), self._threads)) as reads:
-            waiting: Iterator[Read] = reads
+            feeding = _Feeding(reads, self._gpu)
             while True:
-                feeding = _Feeding(waiting, self._gpu)
                 pipeline = self._pipeline(feeding, len(first.plan), first.plan.size)
                 error = yield from self._run(pipeline, feeding)
                 if error is None:
@@ -71,7 +71,7 @@ class DaliLoader:
                 # What DALI says names neither file nor image: the reference finds out, and has the last word.
                 yield from self._by_reference(feeding.pending.popleft()[0], error)
                 # DALI calls a pipeline that failed invalid: another goes on with what that one had been given.
-                waiting = chain(list(feeding.pending), waiting)
+                feeding.give_again()
 
     def _run(self, pipeline: Any, feeding: _Feeding) -> Generator[Loaded, None, RuntimeError | None]:
         """Yields what a pipeline gives, to its end or to the error that the oldest batch under way has met."""
@@ -92,7 +92,8 @@ class DaliLoader:
     def _by_reference(self, request: Request, error: RuntimeError) -> Iterator[Loaded]:
         positions = request.positions
         for mended, images in self._reference.stream([request]):
-            if np.array_equal(mended.positions, positions):
+            if np.array_equal(mended.positions, positions) and not self._told:
+                self._told = True
                 self._faults.tell(f"DALI cannot decode a batch that Pillow can, which stands in: {_telling(error)}.")
             yield mended, images
 
@@ -107,7 +108,7 @@ class DaliLoader:
         )
         with pipeline:
             encoded, corner, extent, *placing = fn.external_source(
-                source=source, num_outputs=len(inputs), batch=True, ndim=[1] * len(inputs), dtype=inputs
+                source=source, num_outputs=len(inputs), batch=True, ndim=[1] * len(inputs), dtype=inputs, no_copy=True
             )
             images = fn.decoders.image_slice(
                 encoded,
@@ -153,6 +154,13 @@ class _Feeding:
         """What ended the reads, to be raised once all before it is delivered: DALI would raise it too early."""
         self._reads = reads
         self._placing = placing
+        # DALI reads inputs where they lie, up to as many batches later as it works ahead: copies cost a percent.
+        self._lent: deque[_Inputs] = deque(maxlen=3 * _AHEAD)
+
+    def give_again(self) -> None:
+        """Begin another pipeline with what the last one was given and did not deliver."""
+        self._reads = chain(list(self.pending), self._reads)
+        self.pending.clear()
 
     def __call__(self) -> _Inputs:
         try:
@@ -169,7 +177,8 @@ class _Feeding:
         corner, extent = np.ascontiguousarray(plan.window[:, :2]), np.ascontiguousarray(plan.window[:, 2:])
         # fn.resize reads sizes as floats.
         placing: _Inputs = [plan.resized.astype(np.float32), plan.offset] if self._placing else []
-        return [encoded, corner, extent, *placing]
+        self._lent.append([encoded, corner, extent, *placing])
+        return self._lent[-1]
 
 
 def available() -> bool:
