@@ -50,6 +50,8 @@ class Faults:
         Raises:
             UserError: now too many are.
         """
+        if np.isin(position, index.broken):  # known, and told of before
+            return
         path = index.path(position)
         with self._lock:
             if path in self._met:

@@ -140,10 +140,7 @@ class Feed:
         def requests() -> Iterator[Request]:
             for number in range(rank, batches, ranks):
                 positions = np.arange(number * batch, min((number + 1) * batch, len(images)))
-                if isinstance(images, Index):
-                    positions = np.setdiff1d(positions, images.broken)
-                if len(positions):
-                    yield Request(positions, self._plain_plan(images, positions))
+                yield Request(positions, self._plain_plan(images, positions))
 
         return self._served(split, requests)
 

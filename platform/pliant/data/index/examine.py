@@ -41,7 +41,7 @@ def examine(listing: Listing, *, strict: bool) -> Table:
     table = Table(
         listing=listing,
         strict=strict,
-        size=np.zeros((len(listing), 2), np.int32),
+        size=np.ones((len(listing), 2), np.int32),
         crc=np.zeros(len(listing), np.uint32),
         broken=np.zeros(len(listing), np.bool_),
         reasons=(),

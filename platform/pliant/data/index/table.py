@@ -76,7 +76,7 @@ class Table:
     strict: bool
     """Each image was read and decoded whole; else only its header was, and `crc` is 0."""
     size: NDArray[np.int32]
-    """(N, 2), height and width in pixels as stored: an EXIF rotation is not applied. 0 where broken."""
+    """(N, 2), height and width in pixels as stored: an EXIF rotation is not applied. 1 where broken."""
     crc: NDArray[np.uint32]
     """(N,), crc32 of the bytes."""
     broken: NDArray[np.bool_]
