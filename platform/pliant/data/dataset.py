@@ -86,8 +86,9 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     held_out = None
     if data.held_out:
         kept_back = held_out_positions(train.labels, data.held_out, seed)
-        trained = np.setdiff1d(np.arange(len(train)), kept_back)
-        held_out, train = train.subset(kept_back), train.subset(trained)
+        trained = np.ones(len(train), np.bool_)
+        trained[kept_back] = False
+        held_out, train = train.subset(kept_back), train.subset(np.flatnonzero(trained))
     for split, replaced in ((train, True), (held_out, False), (val, False)):
         if isinstance(split, Index):
             check_known(split, data.broken_share, replaced=replaced)

@@ -5,13 +5,13 @@ and position k means the same image in every part of a run.
 
 table      the arrays, and the file that keeps them
 cache      which kept file still holds, and who builds it
-scan       folders of classes
+folders    folders of classes
 shards     tar files
 examine    opens each image once: size, checksum, broken or not
 split      what the rest of the program asks
 """
 
-from pliant.data.index.scan import SUFFIXES, class_folders, scan
+from pliant.data.index.folders import SUFFIXES, class_folders, scan
 from pliant.data.index.shards import scan_shards
 from pliant.data.index.split import Index, Pixels, Split
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pliant.data.decoding import reason
 from pliant.data.index.cache import kept_or_built, stamp
 from pliant.data.index.examine import READERS, examine
-from pliant.data.index.scan import SUFFIXES, joined, labelled
+from pliant.data.index.folders import SUFFIXES, joined, labelled
 from pliant.data.index.split import Index, read
 from pliant.data.index.table import Listing, Stamp, Table
 from pliant.errors import UserError
