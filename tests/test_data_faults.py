@@ -1,6 +1,7 @@
 """A broken image never ends a run: the same other one stands in for it, whoever asks and whenever it broke."""
 
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pliant.data.plan import centre_plan, training_plan
 from pliant.errors import UserError
 from pliant.experiment import Batching, Data
 from pliant.randomness import philox
+from tests.runs import command, finish, only_run
 
 LOADERS = [
     pytest.param("dali", marks=pytest.mark.skipif(find_spec("nvidia") is None, reason="DALI is not installed")),
@@ -355,3 +357,37 @@ def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):
     assert index.broken.tolist() == [0, 2]
     assert index.replaced(np.arange(4)).tolist() == [1, 1, 3, 3]
     assert "truncated" in index.reason(2)
+
+
+def test_a_run_goes_on_and_says_so(folder, tmp_path):
+    """From the command line to the spectrum."""
+    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / "1.jpg"]
+    for file in broken:
+        damage(str(file), BREAKING["halved"])
+    asked: dict[str, object] = {
+        "data.root": folder,
+        "data.size": 32,
+        "runs": tmp_path / "runs",
+        "recipe.network.full": 0.25,
+        "batch.images": 8,
+        "batch.micro": 4,
+        "optimization.steps": 3,
+        "optimization.warmup-epochs": 0,
+        "calibration.images": 8,
+        "calibration.batch": 4,
+        "log-steps": 1,
+    }
+    given = [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+    done = finish(command(*given, recipe="usnet_sample"))
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path / "runs")
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    expected = ("24 training images 1 are broken, another", "12 validation images 1 are broken, accuracy")
+    for file, words in zip(broken, expected, strict=True):
+        assert [words in warning and str(file) in warning for warning in warnings].count(True) == 1
+        assert words in done.stdout.replace("\n", " ")
+    assert events[-1]["event"] == "end"
+    assert events[-1]["broken"] == 0
+    assert {line["images"] for line in json.loads((run / "spectrum.json").read_text())["lines"]} == {11}
+    assert "top-1 on 11 images" in done.stdout
