@@ -142,7 +142,7 @@ def million(tmp_path: Path) -> Path:
     names = [f"n{number:08d}" for number in range(CLASSES)]
     for name in names:
         (folder / name).mkdir(parents=True)
-    stamps = [stamp(folder, "."), *(stamp(folder, f"{name}/") for name in names)]
+    stamps = [stamp(folder, f"{name}/") for name in names]
     number = np.sort(np.arange(IMAGES, dtype=np.int32) % CLASSES)
     files, ends = joined([f"n{label:08d}_{image}.JPEG" for image, label in enumerate(number.tolist())])
     generator = np.random.default_rng(0)

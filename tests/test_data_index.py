@@ -1,5 +1,6 @@
 """What is found on disk, what is kept of it, and what is said where the folder is not as it should be."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -150,6 +151,36 @@ def test_a_broken_file_that_is_mended_in_its_place_is_noticed(image_folder, draw
     assert scan(folder, None).broken.tolist() == [8]
     file.write_bytes(whole)
     assert scan(folder, None).broken.tolist() == []
+
+
+def test_storage_that_stumbles_is_asked_again(image_folder, monkeypatch):
+    index = scan(image_folder / "train", None)
+    whole, asked = index.encoded(3), []
+
+    def stumbling(path: str, flags: int) -> int:
+        asked.append(path)
+        if len(asked) < 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return opening(path, flags)
+
+    opening = os.open
+    monkeypatch.setattr("pliant.data.index.split._PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("pliant.data.index.split.os.open", stumbling)
+    assert index.encoded(3) == whole
+    assert asked == [index.path(3)] * 3
+
+
+@pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENOMEM])
+def test_a_shortage_of_the_process_breaks_no_image(shortage, image_folder, monkeypatch):
+    index = scan(image_folder / "train", None)
+
+    def failing(*_: object) -> int:
+        raise OSError(shortage, os.strerror(shortage))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pliant.data.index.split.os.open", failing)
+        with pytest.raises(OSError, match=os.strerror(shortage)):
+            index.encoded(3)
 
 
 def test_headers_alone_serve_where_no_more_is_asked(image_folder, opened):

@@ -289,7 +289,6 @@ RESUME_RULES: dict[str, Literal["free", "warned"]] = {
     # Everything not named is fixed: a run that is resumed with another value of it is refused.
     "data.root": "warned",
     "data.loader": "warned",
-    "data.check": "warned",
     "data.broken_share": "free",
     "data.threads": "free",
     "data.prefetch": "free",

@@ -27,10 +27,15 @@ def size_of(file: str | io.BytesIO) -> tuple[int, int]:
 
     Raises:
         Faulty: it is no image, or of a kind that loaders would not agree on.
+        OSError: the file cannot be read.
     """
     try:
         with _opened(file) as image:
             return _accepted(image)
+    except OSError as error:
+        if error.errno is not None:  # not Pillow's
+            raise
+        raise Faulty(reason(error)) from None
     except Exception as error:  # a damaged file may raise anything
         raise Faulty(reason(error)) from None
 

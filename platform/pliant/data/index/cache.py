@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
@@ -32,7 +32,9 @@ _UNUSABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplemen
 """What a cache may raise: it is absent, damaged, not ours to write, or cannot be locked."""
 
 
-def kept_or_built(folder: Path, what: str, *, strict: bool, build: Callable[[], Table]) -> Table:
+def kept_or_built(
+    folder: Path, what: str, *, sources: Sequence[str], strict: bool, build: Callable[[], Table]
+) -> Table:
     """The table of a folder: kept from before if nothing has changed since, else built and kept.
 
     Of several processes one builds; the others wait for it. A cache that cannot be written costs only time.
@@ -40,15 +42,16 @@ def kept_or_built(folder: Path, what: str, *, strict: bool, build: Callable[[], 
     Args:
         folder: what is indexed.
         what: tells apart what may be indexed in one folder.
+        sources: class folders or shards that are there now.
         strict: whether the table must be; a strict one serves otherwise too.
     """
     path = table_file(folder, what)
-    table = _kept(path, folder, strict)
+    table = _kept(path, folder, sources, strict)
     if table is not None:
         return table
     lock = _locked(path, folder)
     try:
-        table = _kept(path, folder, strict)
+        table = _kept(path, folder, sources, strict)
         if table is None:
             table = build()
             with suppress(*_UNUSABLE):
@@ -84,14 +87,16 @@ def stamp(folder: Path, name: str) -> Stamp:
 
 def _stamp(folder: Path, name: str) -> Stamp:
     found = os.stat(folder / name)
-    return name, found.st_mtime_ns, 0 if S_ISDIR(found.st_mode) else found.st_size
+    if S_ISDIR(found.st_mode):
+        return name, found.st_mtime_ns, 0
+    return name, max(found.st_mtime_ns, found.st_ctime_ns), found.st_size  # permissions change the latter alone
 
 
-def _kept(path: Path, folder: Path, strict: bool) -> Table | None:
+def _kept(path: Path, folder: Path, sources: Sequence[str], strict: bool) -> Table | None:
     with suppress(*_UNUSABLE):
         table = open_table(path, folder)
-        stamps = table.listing.stamps
-        if (table.strict or not strict) and all(_stamp(folder, one[0]) == one for one in stamps):
+        fits = (table.strict or not strict) and table.listing.sources == tuple(sources)
+        if fits and all(_stamp(folder, one[0]) == one for one in table.listing.stamps):
             return table
     return None
 

@@ -13,13 +13,14 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
 from PIL import Image
 
-from pliant.data.decoding import Faulty, check, reason, size_of
-from pliant.data.index.split import read
+from pliant.data.decoding import Faulty, check, size_of
+from pliant.data.index.split import fault_of, read
 from pliant.data.index.table import Listing, Table
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def examine(listing: Listing, *, strict: bool) -> Table:
         except BaseException:
             readers.shutdown(wait=False, cancel_futures=True)  # a million others do not matter now
             raise
-    return Table(**{**table.__dict__, "reasons": tuple(reasons)})
+    return replace(table, reasons=tuple(reasons))
 
 
 def _examine_chunk(table: Table, first: int) -> list[str]:
@@ -74,12 +75,9 @@ def _examine_row(table: Table, row: int) -> str | None:
         if table.listing.whole:
             table.listing.length[row] = os.stat(table.listing.file(row)).st_size
         table.size[row], table.crc[row] = look(table.listing, row)
-    except Faulty as fault:
+    except (Faulty, OSError) as error:
         table.broken[row] = True
-        return str(fault)
-    except OSError as error:
-        table.broken[row] = True
-        return reason(error)
+        return str(fault_of(error) if isinstance(error, OSError) else error)
     return None
 
 

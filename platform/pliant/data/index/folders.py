@@ -48,7 +48,7 @@ def scan(folder: Path, class_list: Sequence[str] | None, *, strict: bool = True)
             f"The class folder {folder / strangers[0]} is none of the {len(classes)} known classes: "
             "remove it, or add the class to the training images or to the class list."
         )
-    table = kept_or_built(folder, "folder", strict=strict, build=lambda: _built(folder, found, strict))
+    table = kept_or_built(folder, "folder", sources=found, strict=strict, build=lambda: _built(folder, found, strict))
     return labelled(table, classes)
 
 
@@ -97,10 +97,8 @@ class _Found:
 
 def _built(folder: Path, classes: list[str], strict: bool) -> Table:
     began = time.time_ns()
-    stamps = [stamp(folder, ".")]
     with ThreadPoolExecutor(READERS) as readers:
         found = list(readers.map(partial(_list_images, folder), classes))
-    stamps += [one for listing in found for one in listing.folders]
     counts = [len(listing.ends) for listing in found]
     number = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     before = np.cumsum([0, *(len(listing.names) for listing in found[:-1])])
@@ -116,7 +114,7 @@ def _built(folder: Path, classes: list[str], strict: bool) -> Table:
         ends=np.concatenate([one.ends for one in found]) + np.repeat(before, counts),
         offset=np.zeros(len(number), np.int64),
         length=np.zeros(len(number), np.int64),
-        stamps=tuple(stamps),
+        stamps=tuple(one for listing in found for one in listing.folders),
     )
     return _with_broken_watched(examine(listing, strict=strict), began)
 

@@ -72,8 +72,7 @@ def scan_shards(folder: Path, pattern: str, class_list: Sequence[str] | None, *,
         _class_names(listing, class_list)  # refused before every image is read
         return examine(listing, strict=strict)
 
-    # The names take part: a shard that was added or removed makes another set.
-    table = kept_or_built(folder, "\0".join([pattern, *shards]), strict=strict, build=build)
+    table = kept_or_built(folder, pattern, sources=shards, strict=strict, build=build)
     return labelled(table, *_class_names(table.listing, class_list))
 
 
@@ -104,7 +103,7 @@ def _listed(folder: Path, shards: list[str]) -> Listing:
             f"The shards in {folder} hold no image: pack members that end in {', '.join(SUFFIXES)} into them."
         )
     texts = set().union(*(shard.classes for shard in found))
-    numbered = all(shard.given for shard in found) and all(text.isdecimal() for text in texts)
+    numbered = all(shard.given for shard in found if shard.classes) and all(text.isdecimal() for text in texts)
     number_of = {text: int(text) for text in texts} if numbered else {name: k for k, name in enumerate(sorted(texts))}
     if numbered and max(number_of.values()) > _MOST_CLASSES:
         raise UserError(

@@ -5,7 +5,9 @@ Shapes: N images of the split.
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +18,10 @@ from numpy.typing import NDArray
 
 from pliant.data.decoding import Faulty, reason
 from pliant.data.index.table import Table
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_STUMBLES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network storage, mostly
+_PAUSES_S = (0.1, 1.0, 3.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,7 @@ class Index:
 
         Raises:
             Faulty: it was broken then, is gone, cannot be read or has changed.
+            OSError: this process or machine is short of something, and no image can be read.
         """
         row, table = self._row(position), self.table
         if table.broken[row]:
@@ -55,7 +62,7 @@ class Index:
             # A file is asked for a byte more, which tells whether it has grown.
             content = read(table.listing.file(row), int(table.listing.offset[row]), length + table.listing.whole)
         except OSError as error:
-            raise Faulty(reason(error)) from None
+            raise fault_of(error) from None
         if len(content) != length:
             more = "more than " if len(content) > length else ""
             found = length if more else len(content)
@@ -125,12 +132,36 @@ class Pixels:
 Split = Index | Pixels
 
 
+def fault_of(error: OSError) -> Faulty:
+    """That a file cannot be read, as a fault of the image.
+
+    Raises:
+        OSError: the error itself, where this process or machine is short of something: no image is at fault.
+    """
+    if error.errno in _SHORTAGES:
+        raise error
+    return Faulty(reason(error))
+
+
 def read(path: str, offset: int, length: int) -> bytes:
     """Up to `length` bytes of a file from `offset` on; fewer where it ends before.
+
+    Storage that stumbles is asked again, for a few seconds: what it holds is not broken.
 
     Raises:
         OSError: it cannot be read.
     """
+    for pause in _PAUSES_S:
+        try:
+            return _read(path, offset, length)
+        except OSError as error:
+            if error.errno not in _STUMBLES:
+                raise
+            time.sleep(pause)
+    return _read(path, offset, length)
+
+
+def _read(path: str, offset: int, length: int) -> bytes:
     file = os.open(path, os.O_RDONLY)
     try:
         return os.pread(file, length, offset)

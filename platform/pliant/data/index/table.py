@@ -22,7 +22,7 @@ _DTYPES = {"U8": np.uint8, "BOOL": np.bool_, "I32": np.int32, "U32": np.uint32, 
 _METADATA = "pliant.index"
 
 Stamp = tuple[str, int, int]
-"""A file or folder below the split's own, its time of change in ns, and its length (0 for a folder)."""
+"""A file or folder below the split's own, when it changed in ns, and its length (0 for a folder)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
