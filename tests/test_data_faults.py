@@ -136,7 +136,7 @@ def test_what_is_broken_when_indexed_is_stood_in_for(kind, loader, folder):
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in batches]), train.labels[whole])
     assert feed.faults.found == {}
     (note,) = feed.dataset.notes()
-    assert f"of the 24 training images 1 are broken, another of its class stands in for each: {train.path(11)}" in note
+    assert f"1 of the 24 training images is broken, another of its class stands in for each: {train.path(11)}" in note
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -235,7 +235,7 @@ def test_validation_leaves_broken_images_out_and_counts_each_other_once(batch, r
     assert all(torch.equal(one, other) for one, other in zip(whole.values(), again, strict=True))
     assert len(feed.faults.found) == 4
     (note,) = feed.dataset.notes()
-    assert "of the 12 validation images 1 are broken, accuracy is over the 11 others" in note
+    assert "1 of the 12 validation images is broken, accuracy is over the 11 others" in note
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -246,7 +246,7 @@ def test_too_many_broken_images_end_the_run(loader, folder):
     feed = make_feed(folder, loader)
     trained(feed)  # as many as are put up with
     damage(str(folder / "train" / "newt" / "7.jpg"), LATER["gone"])
-    words = r"Of the 24 images in .* 11 are broken, more than 10, for instance .*newt/7\.jpg \(No such file"
+    words = r"11 of the 24 images in .* are broken, more than 10, for instance .*newt/7\.jpg \(No such file"
     with pytest.raises(UserError, match=words):
         trained(feed)
     damage(str(folder / "train" / "newt" / "6.jpg"), BREAKING["halved"])
@@ -281,6 +281,20 @@ def test_broken_images_are_found_in_training_where_only_headers_were_read(loader
             first = served
     assert_same(first, served)
     assert list(feed.faults.found) == [str(folder / "train" / "dog" / "3.jpg")]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_image_of_another_size_is_found_without_a_checksum(loader, folder):
+    """Of the same length in bytes, so that only the decoder can tell."""
+    feed = make_feed(folder, loader, check="header")
+    file = folder / "train" / "dog" / "3.jpg"
+    length = file.stat().st_size
+    write(file, 20, 20)
+    file.write_bytes(file.read_bytes() + bytes(length - file.stat().st_size))
+    with feed.calibration(images=0, batch=6, seed=1, augment=False) as batches:
+        positions = torch.cat([batch.positions for _, batch in batches])
+    assert np.bincount(positions, minlength=24).tolist() == [*[1] * 11, 0, 2, *[1] * 11]
+    assert list(feed.faults.found) == [str(file)]
 
 
 def test_what_dali_alone_cannot_decode_pillow_does(folder):
@@ -383,7 +397,7 @@ def test_a_run_goes_on_and_says_so(folder, tmp_path):
     run = only_run(tmp_path / "runs")
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     warnings = [event["text"] for event in events if event["event"] == "warning"]
-    expected = ("24 training images 1 are broken, another", "12 validation images 1 are broken, accuracy")
+    expected = ("1 of the 24 training images is broken, another", "1 of the 12 validation images is broken, acc")
     for file, words in zip(broken, expected, strict=True):
         assert [words in warning and str(file) in warning for warning in warnings].count(True) == 1
         assert words in done.stdout.replace("\n", " ")

@@ -77,7 +77,7 @@ def refuse_if_many(index: Index, share: float, number: int, one: str) -> None:
     most = max(FEW, int(share * len(index)))
     if number > most:
         raise UserError(
-            f"Of the {len(index)} images in {index.table.listing.folder} {number} are broken, more than {most}, for "
+            f"{number} of the {len(index)} images in {index.table.listing.folder} are broken, more than {most}, for "
             f"instance {one}: replace or remove them, or write a larger --data.broken-share than {share:g}."
         )
 
@@ -123,4 +123,5 @@ def note(name: str, index: Index, *, replaced: bool) -> str | None:
         if replaced
         else f"accuracy is over the {len(index) - len(broken)} others"
     )
-    return f"of the {len(index)} {name} images {len(broken)} are broken, {what}: {named}{more}."
+    verb = "is" if len(broken) == 1 else "are"
+    return f"{len(broken)} of the {len(index)} {name} images {verb} broken, {what}: {named}{more}."

@@ -45,7 +45,10 @@ def kept_or_built(
         sources: class folders or shards that are there now.
         strict: whether the table must be; a strict one serves otherwise too.
     """
-    path = table_file(folder, what)
+    try:
+        path = table_file(folder, what)
+    except RuntimeError:  # no home
+        return build()
     table = _kept(path, folder, sources, strict)
     if table is not None:
         return table
@@ -64,7 +67,11 @@ def kept_or_built(
 
 
 def table_file(folder: Path, what: str) -> Path:
-    """Where the table of a folder is kept."""
+    """Where the table of a folder is kept.
+
+    Raises:
+        RuntimeError: the user has no home, nor XDG_CACHE_HOME.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = hashlib.blake2b(os.fsencode(folder.resolve()) + b"\0" + what.encode(), digest_size=12).hexdigest()
     return Path(root) / "pliant" / f"index{VERSION}-{key}.safetensors"
