@@ -1,5 +1,6 @@
 """What is found on disk, what is kept of it, and what is said where the folder is not as it should be."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,9 @@ from PIL import Image
 
 from pliant.data import Feed, open_dataset
 from pliant.data.dataset import held_out_positions
+from pliant.data.decoding import Faulty
 from pliant.data.index import scan
+from pliant.data.index.split import read
 from pliant.errors import UserError
 from pliant.experiment import Batching, Data
 
@@ -56,31 +59,160 @@ def test_sizes_are_those_before_an_exif_rotation(tmp_path):
     assert scan(tmp_path, None).sizes.tolist() == [[20, 30], [20, 30]]
 
 
-def test_cache_serves_until_a_file_changes(image_folder, own_cache, monkeypatch, draw_image):
+@pytest.mark.parametrize(("suffix", "side"), [("png", 1), ("jpg", 1), ("jpg", 7), ("webp", 3)])
+def test_the_smallest_images_are_sound(suffix, side, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (side, side)).save(tmp_path / name / f"x.{suffix}")
+    index = scan(tmp_path, None)
+    assert not len(index.broken)
+    assert index.sizes.tolist() == [[side, side]] * 2
+
+
+def test_stored_bytes_are_those_of_the_file(image_folder):
+    index = scan(image_folder / "train", None)
+    part = index.subset(np.array([20, 3, 11]))
+    for position, whole in enumerate((20, 3, 11)):
+        assert part.encoded(position) == index.encoded(whole) == Path(index.path(whole)).read_bytes()
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The files that an indexing opens."""
+    files: list[str] = []
+
+    def noting(path: str, offset: int, length: int) -> bytes:
+        files.append(path)
+        return read(path, offset, length)
+
+    monkeypatch.setattr("pliant.data.index.examine.read", noting)
+    return files
+
+
+def test_cache_serves_until_a_folder_changes(image_folder, opened, draw_image):
     folder = image_folder / "train"
+    (folder / "dog" / "more").mkdir()
+    draw_image(folder / "dog" / "more" / "z.png", 30, 40)
     before = scan(folder, None)
-    assert len(list((own_cache / "pliant").glob("*.npz"))) == 1
+    assert len(opened) == len(before) == 25
 
-    def forbidden(*_):
-        raise AssertionError("a header was read although the cache is fresh")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pliant.data.index._size", forbidden)
-        again = scan(folder, ["newt", "cat", "dog"])
+    opened.clear()
+    again = scan(folder, ["newt", "cat", "dog"])
+    assert not opened
     np.testing.assert_array_equal(again.sizes, before.sizes)
     assert again.classes[again.labels[0]] == "cat"
 
-    draw_image(folder / "cat" / "0.png", 11, 13)
-    assert scan(folder, None).sizes[0].tolist() == [11, 13]
-    (folder / "cat" / "0.png").unlink()
-    assert len(scan(folder, None)) == len(before) - 1
+    for change, images in (
+        (lambda: draw_image(folder / "dog" / "more" / "y.png", 11, 13), 26),
+        (lambda: (folder / "dog" / "more" / "y.png").unlink(), 25),
+        (lambda: (folder / "cat" / "0.png").rename(folder / "cat" / "9.png"), 25),
+        (lambda: (folder / "newt").rename(folder / "eft"), 25),
+        (lambda: draw_image(folder / "ant" / "0.png", 11, 13), 26),
+    ):
+        change()
+        opened.clear()
+        index = scan(folder, None)
+        assert len(opened) == len(index) == images
+        assert all(Path(index.path(position)).is_file() for position in range(images))
+        opened.clear()
+        scan(folder, None)
+        assert not opened
 
 
-def test_a_damaged_cache_is_read_past_and_an_unwritable_one_ignored(image_folder, own_cache, monkeypatch):
+def test_a_file_changed_in_its_place_is_noticed_when_it_is_read(image_folder, opened, draw_image):
+    folder = image_folder / "train"
+    files = [Path(scan(folder, None).path(position)) for position in range(3)]
+    longer, changed, shorter = (file.read_bytes() for file in files)
+    middle = len(changed) // 2
+    longer, changed, shorter = longer + b"0", changed[:middle] + bytes(9) + changed[middle + 9 :], shorter[:-9]
+    for file, content in zip(files, (longer, changed, shorter), strict=True):
+        file.write_bytes(content)
+    opened.clear()
+    index = scan(folder, None)
+    assert not opened
+    for position, words in (
+        (0, f"more than {len(longer) - 1} b"),
+        (1, "but others"),
+        (2, f" {len(shorter)} bytes, not"),
+    ):
+        with pytest.raises(Faulty, match=words):
+            index.encoded(position)
+    folder.joinpath("cat").touch()  # to have it indexed anew
+    index = scan(folder, None)
+    assert index.encoded(0) == longer  # bytes after an image's end do no harm
+    assert index.broken.tolist() == [1, 2]
+
+
+def test_a_broken_file_that_is_mended_in_its_place_is_noticed(image_folder, draw_image):
+    folder = image_folder / "train"
+    file = folder / "dog" / "0.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-60])
+    assert scan(folder, None).broken.tolist() == [8]
+    file.write_bytes(whole)
+    assert scan(folder, None).broken.tolist() == []
+
+
+def test_storage_that_stumbles_is_asked_again(image_folder, monkeypatch):
+    index = scan(image_folder / "train", None)
+    whole, asked = index.encoded(3), []
+
+    def stumbling(path: str, flags: int) -> int:
+        asked.append(path)
+        if len(asked) < 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return opening(path, flags)
+
+    opening = os.open
+    monkeypatch.setattr("pliant.data.index.split._PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("pliant.data.index.split.os.open", stumbling)
+    assert index.encoded(3) == whole
+    assert asked == [index.path(3)] * 3
+
+
+@pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENOMEM])
+def test_a_shortage_of_the_process_breaks_no_image(shortage, image_folder, monkeypatch):
+    index = scan(image_folder / "train", None)
+
+    def failing(*_: object) -> int:
+        raise OSError(shortage, os.strerror(shortage))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pliant.data.index.split.os.open", failing)
+        with pytest.raises(OSError, match=os.strerror(shortage)):
+            index.encoded(3)
+
+
+def test_headers_alone_serve_where_no_more_is_asked(image_folder, opened):
+    folder = image_folder / "train"
+    file = folder / "dog" / "0.png"
+    file.write_bytes(file.read_bytes()[:-60])
+    quick = scan(folder, None, strict=False)
+    assert not opened
+    assert not len(quick.broken)
+    assert quick.encoded(8) == file.read_bytes()
+    strict = scan(folder, None)
+    assert len(opened) == 24
+    assert strict.broken.tolist() == [8]
+    np.testing.assert_array_equal(np.delete(strict.sizes, 8, 0), np.delete(quick.sizes, 8, 0))
+    assert scan(folder, None, strict=False).broken.tolist() == [8]  # what is known better is kept
+    assert len(opened) == 24
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 600, -1])
+def test_a_damaged_cache_is_read_past(image_folder, own_cache, length):
     before = scan(image_folder / "train", None)
-    (file,) = (own_cache / "pliant").glob("*.npz")
-    file.write_bytes(file.read_bytes()[:100])
-    np.testing.assert_array_equal(scan(image_folder / "train", None).sizes, before.sizes)
+    (file,) = (own_cache / "pliant").glob("*.safetensors")
+    content = file.read_bytes()
+    file.unlink()  # `before` is mapped from it
+    file.write_bytes(content[:length])
+    after = scan(image_folder / "train", None)
+    np.testing.assert_array_equal(after.sizes, before.sizes)
+    assert after.path(23) == before.path(23)
+
+
+def test_an_unwritable_cache_is_done_without(image_folder, own_cache, monkeypatch):
+    before = scan(image_folder / "train", None)
     blocker = own_cache / "blocker"
     blocker.write_text("a file where the cache folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocker))
@@ -147,13 +279,6 @@ def test_validation_images_that_are_not_sorted_into_classes(image_folder):
     assert f"{image_folder / 'val'} holds no class folders" in refusal(image_folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff\xe0 broken"])
-def test_a_file_that_is_no_image_is_named(image_folder, content):
-    file = image_folder / "train" / "dog" / "zz.jpg"
-    file.write_bytes(content)
-    assert str(file) in refusal(image_folder)
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_without_permission_is_named(image_folder):
     folder = image_folder / "train" / "dog"
@@ -189,7 +314,15 @@ def test_numbers_that_do_not_fit_the_dataset(image_folder):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(scale=(0.5, 0.1)), dict(jitter=1.5), dict(lighting=-1.0), dict(size=0), dict(classes=1), dict(threads=0)],
+    [
+        dict(scale=(0.5, 0.1)),
+        dict(jitter=1.5),
+        dict(lighting=-1.0),
+        dict(size=0),
+        dict(classes=1),
+        dict(threads=0),
+        dict(broken_share=2.0),
+    ],
 )
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(UserError) as caught:

@@ -183,6 +183,7 @@ def test_whatever_changes_the_training_is_fixed_on_resume():
         "evaluate_epochs",
         "log_steps",
         "threads",
+        "data.broken_share",
         "data.threads",
         "data.prefetch",
     }

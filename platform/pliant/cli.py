@@ -12,9 +12,11 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import dataclasses
+import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -278,9 +280,10 @@ def parse_points(texts: Sequence[str]) -> list[Point]:
 
 
 def _guard(action: Callable[[], None]) -> None:
-    """Runs it; what a user can mend becomes a sentence and an exit status."""
+    """Runs it, its log on stderr; what a user can mend becomes a sentence and an exit status."""
     try:
-        action()
+        with _heard():
+            action()
     except (UserError, RanksLost) as error:
         prefix = "" if _rank() == "0" else f"rank {_rank()}: "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
@@ -292,6 +295,20 @@ def _guard(action: Callable[[], None]) -> None:
     except KeyboardInterrupt:  # before the run listens for signals, or after it
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Shows what parts without a place of their own to speak say: that a long scan gets on, for instance."""
+    logger, handler = logging.getLogger("pliant"), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _rank() -> str:

@@ -23,9 +23,10 @@ BackendName = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3
 class Data(Augmentation):
     """Which images, and how they are fed."""
 
-    source: Literal["folder", "cifar10", "cifar100", "svhn"] = "folder"
-    """folder: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE. cifar10, cifar100 (fine classes), svhn: the dataset's own
-    files, or class folders of 32 x 32 images, held in memory."""
+    source: Literal["folder", "shards", "cifar10", "cifar100", "svhn"] = "folder"
+    """folder: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE. shards: tar files, ROOT/train/*.tar and ROOT/val/*.tar or
+    ROOT/train-*.tar and ROOT/val-*.tar, with CLASS/FILE or with KEY.jpg beside KEY.cls. cifar10, cifar100 (fine
+    classes), svhn: the dataset's own files, or class folders of 32 x 32 images, held in memory."""
     root: Path | None = None
     """Where the dataset lies."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -56,6 +57,13 @@ class Data(Augmentation):
     class_list: Path | None = None
     """Text file with one class folder name per line, in the order of the labels, where not all classes are
     present; default: the folders found, sorted by name."""
+    check: Literal["strict", "header"] = "strict"
+    """What is done to each image when it is indexed, once. strict: it is read, decoded and given a checksum, so that a
+    broken one is known from the start and a changed one is noticed. header: only its size is read, which is faster;
+    broken images are then found while training, if the decoder notices (image folders and shards)."""
+    broken_share: float = 0.01
+    """Share of a split's images that may be broken: more than that, and more than 10, end the run. Others of their
+    class stand in for them in training; in validation they are left out (image folders and shards)."""
     threads: int = 2
     """Decoding threads of each rank."""
     prefetch: int = 2
@@ -81,6 +89,10 @@ class Data(Augmentation):
             )
         if self.lighting < 0.0:
             raise UserError(f"Lighting noise cannot have the deviation {self.lighting:g}: write 0 or more.")
+        if not 0.0 <= self.broken_share <= 1.0:
+            raise UserError(
+                f"A share lies between 0 and 1, not {self.broken_share:g}: write for instance --data.broken-share 0.01."
+            )
         least_values = dict(size=1, resize=1, held_out=0, classes=2, threads=1, prefetch=1)
         for name, least in least_values.items():
             value: int | None = getattr(self, name)
@@ -292,6 +304,7 @@ RESUME_RULES: dict[str, Literal["free", "warned"]] = {
     # Everything not named is fixed: a run that is resumed with another value of it is refused.
     "data.root": "warned",
     "data.loader": "warned",
+    "data.broken_share": "free",
     "data.threads": "free",
     "data.prefetch": "free",
     "calibration": "free",

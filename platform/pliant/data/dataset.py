@@ -8,10 +8,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pliant.data.index import Split
+from pliant.data.faults import check_known, note
+from pliant.data.index import Index, Split
 from pliant.data.sources.cifar10 import open_cifar10
 from pliant.data.sources.cifar100 import open_cifar100
 from pliant.data.sources.folder import open_folder
+from pliant.data.sources.shards import open_shards
 from pliant.data.sources.svhn import open_svhn
 from pliant.errors import UserError
 from pliant.experiment import Data
@@ -52,6 +54,12 @@ class Dataset:
             else "The dataset has no validation images: add a folder val beside train, or write --data.held-out 1000."
         )
 
+    def notes(self) -> list[str]:
+        """What a person should know of images found broken when they were indexed."""
+        splits = (("training", self.train, True), ("held-out", self.held_out, False), ("validation", self.val, False))
+        found = [note(name, split, replaced=replaced) for name, split, replaced in splits if isinstance(split, Index)]
+        return [text for text in found if text is not None]
+
 
 def open_dataset(data: Data, seed: int) -> Dataset:
     """Find the images that `data` describes.
@@ -62,7 +70,7 @@ def open_dataset(data: Data, seed: int) -> Dataset:
 
     Raises:
         UserError: they are not there, not laid out as expected or not readable; `data.classes` is smaller
-            than the number of classes found; `data.held_out` leaves nothing to train on.
+            than the number of classes found; `data.held_out` leaves nothing to train on; too many images are broken.
     """
     train: Split
     val: Split | None
@@ -73,7 +81,8 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     elif data.source == "svhn":
         train, val = open_svhn(data.root, extra=data.extra)
     else:
-        train, val = open_folder(data.root, data.class_list)
+        open_files = open_shards if data.source == "shards" else open_folder
+        train, val = open_files(data.root, data.class_list, strict=data.check == "strict")
     found = len(train.classes)
     if data.classes is not None and data.classes < found:
         raise UserError(
@@ -83,8 +92,12 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     held_out = None
     if data.held_out:
         kept_back = held_out_positions(train.labels, data.held_out, seed)
-        trained = np.setdiff1d(np.arange(len(train)), kept_back)
-        held_out, train = train.subset(kept_back), train.subset(trained)
+        trained = np.ones(len(train), np.bool_)
+        trained[kept_back] = False
+        held_out, train = train.subset(kept_back), train.subset(np.flatnonzero(trained))
+    for split, replaced in ((train, True), (held_out, False), (val, False)):
+        if isinstance(split, Index):
+            check_known(split, data.broken_share, replaced=replaced)
     generated = data.root is not None and (data.root / "sample.json").is_file()
     return Dataset(train, held_out, val, train.classes, data.classes or found, generated)
 

@@ -37,7 +37,7 @@ class Erasing:
     image, if `pixelwise`. None: 0, the mean colour."""
     pixelwise: bool = False
 
-    def part(self, images: slice) -> Erasing:
+    def part(self, images: slice | NDArray[np.int64]) -> Erasing:
         """Those of some of the images."""
         if self.colours is None or not self.pixelwise:
             return Erasing(self.box[images], None if self.colours is None else self.colours[images])

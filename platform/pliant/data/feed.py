@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pliant.data.dataset import Dataset, SplitName, open_dataset
 from pliant.data.device import IMAGENET, OF_SOURCE, Finish
+from pliant.data.faults import Faults
 from pliant.data.index import Index, Split
 from pliant.data.loaders import Loaded, Loader, Request
 from pliant.data.loaders.dali import DaliLoader, available
@@ -87,6 +89,8 @@ class Feed:
         """Steps of one pass over the training images."""
         self.loader = _loader_name(dataset.train, data)
         """What decodes: dali, torchvision or resident."""
+        self.faults = Faults(data.broken_share)
+        """The broken images met so far."""
         self._order = Order(images, seed, data.tail)
         own = OF_SOURCE[data.source] if data.statistics == "dataset" else IMAGENET
         self._finish = Finish(own, self.device)
@@ -114,7 +118,7 @@ class Feed:
             thread.
 
         Raises:
-            UserError: (from the iterator) a file cannot be decoded.
+            UserError: (from the iterator) too many images are broken.
         """
 
         def requests() -> Iterator[Request]:
@@ -127,7 +131,8 @@ class Feed:
     def evaluation(
         self, split: SplitName, *, batch: int, rank: int = 0, ranks: int = 1
     ) -> AbstractContextManager[Iterator[Batch]]:
-        """Every image of a split once, over all ranks together, in its order and without augmentation.
+        """Every image of a split once, over all ranks together, in its order and without augmentation; without those
+        that are broken.
 
         Args:
             split: which images.
@@ -136,7 +141,7 @@ class Feed:
             ranks: how many share the split.
 
         Raises:
-            UserError: the split has no images; or (from the iterator) a file cannot be decoded.
+            UserError: the split has no images; or (from the iterator) too many images are broken.
         """
         images = self.dataset.split(split)
         batches = self.evaluation_batches(split, batch)
@@ -166,7 +171,7 @@ class Feed:
             ranks: how many share the images.
 
         Raises:
-            UserError: `images` are fewer than `batch`; or (from the iterator) a file cannot be decoded.
+            UserError: `images` are fewer than `batch`; or (from the iterator) too many images are broken.
         """
         train = self.dataset.train
         batches = self.calibration_batches(images, batch)
@@ -176,8 +181,8 @@ class Feed:
             for number in range(rank, batches, ranks):
                 positions = drawn[number * batch : (number + 1) * batch]
                 draws = _keyed(seed, "calibration ", number)
-                plan = self._augmented_plan(train, positions, draws) if augment else self._plain_plan(train, positions)
-                yield Request(positions, plan)
+                augmented = partial(self._augmented_plan, train, draws=draws)
+                yield _request(train, positions, augmented if augment else partial(self._plain_plan, train))
 
         return _numbered(range(rank, batches, ranks), self._served("train", requests))
 
@@ -201,8 +206,12 @@ class Feed:
     def _training_request(self, stage: int, step: int, micro_batch: int) -> Request:
         positions = self._order.samples(stage, step, micro_batch, self.batching)
         draws = _keyed(self.seed, "", stage, step, micro_batch)
-        plan = self._augmented_plan(self.dataset.train, positions, draws)
-        return Request(positions, mixed_plan(plan, self.data, draws))
+        train = self.dataset.train
+
+        def plan(positions: NDArray[np.int64]) -> Plan:
+            return mixed_plan(self._augmented_plan(train, positions, draws), self.data, draws)
+
+        return _request(train, positions, plan)
 
     def _augmented_plan(self, split: Split, positions: NDArray[np.int64], draws: Draws) -> Plan:
         if isinstance(split, Index):
@@ -220,9 +229,9 @@ class Feed:
             if not isinstance(split, Index):
                 self._loaders[name] = ResidentLoader(split, self.device)
             elif self.loader == "dali":
-                self._loaders[name] = DaliLoader(split, self.data.threads, self.device)
+                self._loaders[name] = DaliLoader(split, self.data.threads, self.device, self.faults)
             else:
-                self._loaders[name] = TorchvisionLoader(split, self.data.threads, self.device)
+                self._loaders[name] = TorchvisionLoader(split, self.data.threads, self.device, self.faults)
         return self._loaders[name]
 
     @contextmanager
@@ -269,6 +278,13 @@ def _numbered(
 ) -> Iterator[Iterator[tuple[int, Batch]]]:
     with served as batches:
         yield zip(numbers, batches, strict=False)
+
+
+def _request(split: Split, positions: NDArray[np.int64], draw: Callable[[NDArray[np.int64]], Plan]) -> Request:
+    """One in which stand-ins take the places of broken images: of those known now, and of those found when read."""
+    if isinstance(split, Index):
+        positions = split.replaced(positions)
+    return Request(positions, draw(positions), draw)
 
 
 def _keyed(seed: int, prefix: str, *counters: int) -> Draws:

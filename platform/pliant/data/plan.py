@@ -62,7 +62,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.flip)
 
-    def part(self, images: slice) -> Plan:
+    def part(self, images: slice | NDArray[np.int64]) -> Plan:
         """The plan of some of the images, each for itself: what is mixed is a whole batch."""
         return Plan(
             window=self.window[images],

@@ -43,7 +43,7 @@ class Operations:
     fill: tuple[int, int, int]
     """Red, green and blue, 0 to 255, of what an operation uncovers."""
 
-    def part(self, images: slice) -> Operations:
+    def part(self, images: slice | NDArray[np.int64]) -> Operations:
         """Those of some of the images."""
         return replace(self, kind=self.kind[images], magnitude=self.magnitude[images])
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from pliant.data.decoding import decoded
 from pliant.data.index import Index, Split
 
 
@@ -16,8 +16,7 @@ def thumbnails(split: Split, positions: NDArray[np.int64], pixels: int) -> NDArr
         return split.images[positions]
     pictures = []
     for position in positions:
-        with Image.open(split.path(int(position))) as opened:
-            image = opened.convert("RGB")
+        image = decoded(split.encoded(int(position)))
         factor = pixels / min(image.size)
         image = image.resize((max(pixels, round(image.width * factor)), max(pixels, round(image.height * factor))))
         left, top = (image.width - pixels) // 2, (image.height - pixels) // 2

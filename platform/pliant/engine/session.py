@@ -64,8 +64,10 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
         watchdog(run.path, ranks, experiment.timeout_minutes) as guard,
         listening() as interruption,
     ):
-        for note in notes:
+        for note in [*feed.dataset.notes(), *notes]:
             telemetry.warn(note)
+        if ranks.first:  # the others' telemetry is silent, and each rank sees its own images
+            feed.faults.tell = telemetry.warn
         telemetry.say(_introduction(experiment, feed, schedule, run, net))
         trainer = Trainer(
             experiment=experiment,
@@ -86,7 +88,8 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
             compile_net(net, graphs)
         telemetry.event("start", step=0 if found is None else found.step, ranks=ranks.count)
         trainer.run(restored)
-        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds)
+        broken = feed.faults.found
+        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, broken=len(broken))
     return run
 
 

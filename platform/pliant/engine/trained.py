@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from pliant.engine.session import build_net, make_feed
 from pliant.errors import Interrupted, UserError
 from pliant.experiment import Calibration, Data, Experiment
 from pliant.recipe import Measurement, Point, Recipe
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,9 @@ def open_run(path: Path, ranks: Ranks, *, which: str = "newest", root: Path | No
         experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=root))
     found = checkpoint.require(RunFolder(path).checkpoints, which)
     feed = make_feed(experiment, ranks)
+    if ranks.first:
+        for note in feed.dataset.notes():
+            _log.warning("Warning: %s", note)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     state = found.load()
     averaged = state["ema"] is not None

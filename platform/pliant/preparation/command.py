@@ -98,7 +98,7 @@ class AskSplit:
     """How many images, as --data.held-out."""
     seed: int = 0
     """Of the run."""
-    source: Literal["folder", "cifar10", "cifar100", "svhn"] = "folder"
+    source: Literal["folder", "shards", "cifar10", "cifar100", "svhn"] = "folder"
     """As --data.source."""
     class_list: Path | None = None
     """As --data.class-list."""

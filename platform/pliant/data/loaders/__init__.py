@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +23,13 @@ class Request:
     """(B,), which images of the split."""
     plan: Plan
     """What to cut out of each."""
+    redraw: Callable[[NDArray[np.int64]], Plan] | None = None
+    """The plan that other images would have in these places, from the same draws: stand-ins take the places of broken
+    images. None: broken images are left out."""
+
+    def part(self, entries: NDArray[np.int64]) -> Request:
+        """Some of the images alone."""
+        return Request(self.positions[entries], self.plan.part(entries))
 
 
 Loaded = tuple[Request, Tensor]
@@ -35,7 +42,9 @@ class Loader(Protocol):
     def stream(self, requests: Iterable[Request]) -> Generator[Loaded, None, None]:
         """The images of each request, cut out and resized, neither mirrored nor changed in colour.
 
-        Works ahead of its consumer where that pays. Closing it frees threads and buffers.
+        Where images are broken, the request that comes back says which took their places, or has them no more; one
+        that has none left is passed over. Works ahead of its consumer where that pays. Closing it frees threads and
+        buffers.
 
         Args:
             requests: batches, none larger than the first.
@@ -44,7 +53,7 @@ class Loader(Protocol):
             Each request, and uint8 (B, 3, size, size), channels last in memory; the receiver may write over it.
 
         Raises:
-            UserError: a file cannot be decoded; the sentence names it.
+            UserError: too many images are broken, or all of a class.
         """
 
 

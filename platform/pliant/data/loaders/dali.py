@@ -4,15 +4,16 @@ On a CPU, DALI's own resize would cost as much as its decoding; torch's, on uint
 and nearer to Pillow's. So DALI hands over windows, and this thread resizes them while DALI decodes the next
 batch. On a GPU the whole work is DALI's.
 
-DALI keeps no state of its own here: no random numbers, no order, no reader. A pipeline lives as long as one
-stream.
+Files are read and verified beforehand, in threads of our own. What DALI then still cannot decode, Pillow does: it has
+said of every image whether it is sound. DALI keeps no state of its own here: no random numbers, no order, no reader.
+A pipeline lives as long as one stream, or until it fails.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from itertools import chain
 from typing import Any
 
@@ -21,8 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pliant.data.index import Index, unreadable
+from pliant.data.faults import Faults
+from pliant.data.index import Index
 from pliant.data.loaders import Loaded, Request, blank, place
+from pliant.data.loaders.reading import Read, read_ahead
+from pliant.data.loaders.torchvision import TorchvisionLoader
 from pliant.data.plan import Plan
 from pliant.errors import UserError, optional_import
 
@@ -32,16 +36,24 @@ _Inputs = list[list[NDArray[np.uint8]] | NDArray[np.int32] | NDArray[np.float32]
 
 
 class DaliLoader:
-    """Decodes the files of an index with DALI."""
+    """Decodes the images of an index with DALI."""
 
-    def __init__(self, index: Index, threads: int, device: torch.device) -> None:
-        """`device`: where images are handed over; a GPU also decodes them."""
+    def __init__(self, index: Index, threads: int, device: torch.device, faults: Faults | None = None) -> None:
+        """For the images of `index`.
+
+        Args:
+            device: where images are handed over; a GPU also decodes them.
+            faults: told of broken images; default: any number of them is put up with.
+        """
         self._dali = _import("nvidia.dali")
         self._fn = _import("nvidia.dali.fn")
         self._index = index
         self._threads = threads
         self._device = device
         self._gpu = device.type == "cuda"
+        self._faults = faults or Faults(share=1.0)
+        self._told = False
+        self._reference = TorchvisionLoader(index, threads, device, self._faults)
 
     def stream(self, requests: Iterable[Request]) -> Generator[Loaded, None, None]:
         """See `Loader.stream`."""
@@ -49,37 +61,43 @@ class DaliLoader:
         first = next(coming, None)
         if first is None:
             return
-        pending: deque[Request] = deque()
-        pipeline = self._pipeline(self._source(chain([first], coming), pending), len(first.plan), first.plan.size)
+        with closing(read_ahead(self._index, self._faults, chain([first], coming), self._threads)) as reads:
+            feeding = _Feeding(reads, self._gpu)
+            while True:
+                pipeline = self._pipeline(feeding, len(first.plan), first.plan.size)
+                error = yield from self._run(pipeline, feeding)
+                if error is None:
+                    return
+                # What DALI says names neither file nor image: the reference finds out, and has the last word.
+                yield from self._by_reference(feeding.pending.popleft()[0], error)
+                # DALI calls a pipeline that failed invalid: another goes on with what that one had been given.
+                feeding.give_again()
+
+    def _run(self, pipeline: Any, feeding: _Feeding) -> Generator[Loaded, None, RuntimeError | None]:
+        """Yields what a pipeline gives, to its end or to the error that the oldest batch under way has met."""
         while True:
             try:
                 (windows,) = pipeline.run()
             except StopIteration:
-                return
+                if feeding.failure is not None:
+                    raise feeding.failure from None
+                return None
             except RuntimeError as error:
-                raise self._culprit(pending[0], error) from None
-            request = pending.popleft()
+                if "decoders.image_slice" not in str(error) or not feeding.pending:
+                    raise
+                return error
+            request, _ = feeding.pending.popleft()
             yield request, self._images(windows, request.plan)
 
-    def _source(self, requests: Iterator[Request], pending: deque[Request]) -> Callable[[], _Inputs]:
-        """Feeds the pipeline, which asks ahead of what it delivers, and notes what was asked for."""
+    def _by_reference(self, request: Request, error: RuntimeError) -> Iterator[Loaded]:
+        positions = request.positions
+        for mended, images in self._reference.stream([request]):
+            if np.array_equal(mended.positions, positions) and not self._told:
+                self._told = True
+                self._faults.tell(f"DALI cannot decode a batch that Pillow can, which stands in: {_telling(error)}.")
+            yield mended, images
 
-        def source() -> _Inputs:
-            request = next(requests)  # its StopIteration ends the pipeline, after the batches under way
-            pending.append(request)
-            plan = request.plan
-            paths = [
-                np.frombuffer(os.fsencode(self._index.path(position)), np.uint8)
-                for position in request.positions.tolist()
-            ]
-            corner, extent = np.ascontiguousarray(plan.window[:, :2]), np.ascontiguousarray(plan.window[:, 2:])
-            # fn.resize reads sizes as floats.
-            placing: _Inputs = [plan.resized.astype(np.float32), plan.offset] if self._gpu else []
-            return [paths, corner, extent, *placing]
-
-        return source
-
-    def _pipeline(self, source: Callable[[], _Inputs], batch: int, size: int) -> Any:
+    def _pipeline(self, source: _Feeding, batch: int, size: int) -> Any:
         fn, types, gpu = self._fn, self._dali.types, self._gpu
         inputs = [types.UINT8, types.INT32, types.INT32, *([types.FLOAT, types.INT32] if gpu else [])]
         pipeline = self._dali.Pipeline(
@@ -89,11 +107,11 @@ class DaliLoader:
             prefetch_queue_depth=_AHEAD,
         )
         with pipeline:
-            paths, corner, extent, *placing = fn.external_source(
-                source=source, num_outputs=len(inputs), batch=True, ndim=[1] * len(inputs), dtype=inputs
+            encoded, corner, extent, *placing = fn.external_source(
+                source=source, num_outputs=len(inputs), batch=True, ndim=[1] * len(inputs), dtype=inputs, no_copy=True
             )
             images = fn.decoders.image_slice(
-                fn.io.file.read(paths),
+                encoded,
                 start=corner,
                 shape=extent,
                 axis_names="HW",
@@ -124,17 +142,43 @@ class DaliLoader:
             place(window, plan, entry, images[entry])
         return images
 
-    def _culprit(self, request: Request, error: RuntimeError) -> Exception:
-        """The sentence that names the file: DALI says at most which image of the batch it was."""
-        for entry in range(len(request.plan)):
-            one = slice(entry, entry + 1)
-            part = Request(request.positions[one], request.plan.part(one))
-            alone = self._pipeline(self._source(iter([part]), deque()), 1, part.plan.size)
-            try:
-                alone.run()
-            except RuntimeError as reason:
-                return unreadable(self._index.path(int(part.positions[0])), _telling(reason))
-        return error
+
+class _Feeding:
+    """Feeds a pipeline, which asks ahead of what it delivers, and notes what was asked for."""
+
+    def __init__(self, reads: Iterator[Read], placing: bool) -> None:
+        """`placing`: the pipeline also resizes and places windows."""
+        self.pending: deque[Read] = deque()
+        """What the pipeline was given and has not delivered."""
+        self.failure: BaseException | None = None
+        """What ended the reads, to be raised once all before it is delivered: DALI would raise it too early."""
+        self._reads = reads
+        self._placing = placing
+        # DALI reads inputs where they lie, up to as many batches later as it works ahead: copies cost a percent.
+        self._lent: deque[_Inputs] = deque(maxlen=3 * _AHEAD)
+
+    def give_again(self) -> None:
+        """Begin another pipeline with what the last one was given and did not deliver."""
+        self._reads = chain(list(self.pending), self._reads)
+        self.pending.clear()
+
+    def __call__(self) -> _Inputs:
+        try:
+            read = next(self._reads)
+        except StopIteration:  # ends the pipeline, after the batches under way
+            raise
+        except BaseException as error:
+            self.failure = error
+            raise StopIteration from None
+        self.pending.append(read)
+        request, contents = read
+        plan = request.plan
+        encoded = [np.frombuffer(content, np.uint8) for content in contents]
+        corner, extent = np.ascontiguousarray(plan.window[:, :2]), np.ascontiguousarray(plan.window[:, 2:])
+        # fn.resize reads sizes as floats.
+        placing: _Inputs = [plan.resized.astype(np.float32), plan.offset] if self._placing else []
+        self._lent.append([encoded, corner, extent, *placing])
+        return self._lent[-1]
 
 
 def available() -> bool:
@@ -150,8 +194,8 @@ def _import(module: str) -> Any:
     return optional_import(module, extra="dali-cuda12", purpose="The loader dali")
 
 
-def _telling(error: RuntimeError) -> RuntimeError:
+def _telling(error: RuntimeError) -> str:
     """The line of DALI's report that says what failed, without the rest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "ailed" in line or "not valid" in line or "Could not" in line]
-    return RuntimeError(f"DALI: {(telling or lines)[0]}")
+    return " ".join((telling or lines)[0].split()).rstrip(".")

@@ -13,22 +13,23 @@ from pliant.errors import UserError
 _LAYOUT = "train/CLASS/FILE.JPEG and val/CLASS/FILE.JPEG"
 
 
-def open_folder(root: Path | None, class_list: Path | None) -> tuple[Index, Index | None]:
+def open_folder(root: Path | None, class_list: Path | None, *, strict: bool = True) -> tuple[Index, Index | None]:
     """Index the training and the validation images.
 
     Args:
         root: the dataset's folder.
         class_list: text file with one class folder name per line; None: the training folders, sorted by name.
+        strict: read and decode every image once, so that broken ones are known from the start; else headers alone.
 
     Returns:
         Training and validation images with the same classes; None where there is no folder `val`.
 
     Raises:
         UserError: the root is missing, no folder or empty, it is laid out otherwise, a class of `val` is not
-            in `train`, or the scan finds a class without images or a file that is no image.
+            in `train`, or the scan finds a class without images.
     """
     folder = _training_folder(root)
-    train = scan(folder, None if class_list is None else read_class_list(class_list))
+    train = scan(folder, None if class_list is None else read_class_list(class_list), strict=strict)
     if len(train.classes) < 2:
         raise UserError(
             f"{folder} holds one class folder only, {train.classes[0]}: a classifier needs at least two, "
@@ -37,7 +38,7 @@ def open_folder(root: Path | None, class_list: Path | None) -> tuple[Index, Inde
     validation = folder.parent / "val"
     if folder == root or not validation.is_dir():
         return train, None
-    return train, scan(validation, train.classes)
+    return train, scan(validation, train.classes, strict=strict)
 
 
 def _training_folder(root: Path | None) -> Path:
@@ -48,6 +49,8 @@ def _training_folder(root: Path | None) -> Path:
         raise UserError(f"The data root {root} does not exist: write a folder that holds {_LAYOUT} as --data.root.")
     if not root.is_dir():
         raise UserError(f"The data root {root} is a file: write the folder that holds {_LAYOUT} as --data.root.")
+    if any(root.glob("train/*.tar")) or any(root.glob("train-*.tar")):
+        raise UserError(f"The data root {root} holds tar shards: write --data.source shards.")
     folders = class_folders(root)
     if "train" in folders:
         return root / "train"

@@ -1,0 +1,122 @@
+"""Tables are kept between runs, below ~/.cache/pliant or where XDG_CACHE_HOME says, and built by one process alone.
+
+What is noticed at a start, without a look at every file: an image, a class or a folder that was added, removed or
+renamed, a shard that was written anew, and a broken file that was mended. What is not: a file whose content was
+changed in its place, as its folder keeps its time. That is found when it is read, by its length and crc32.
+
+A process that is killed while it builds leaves no lock, as the system drops it, and no table, as that gets its name
+last; what it had written is written over by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from stat import S_ISDIR
+
+from filelock import FileLock, Timeout
+
+from pliant.data.index.table import Stamp, Table, open_table, write_table
+
+_log = logging.getLogger(__name__)
+
+VERSION = 1  # of the table's columns: a file of another one is not looked at
+_TICK_NS = 50_000_000  # more than a file system's clock may lag behind
+_PATIENCE_S = 5.0  # a wait that is over sooner is not spoken of
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError)
+"""What a cache may raise: it is absent, damaged, not ours to write, or cannot be locked."""
+
+
+def kept_or_built(
+    folder: Path, what: str, *, sources: Sequence[str], strict: bool, build: Callable[[], Table]
+) -> Table:
+    """The table of a folder: kept from before if nothing has changed since, else built and kept.
+
+    Of several processes one builds; the others wait for it. A cache that cannot be written costs only time.
+
+    Args:
+        folder: what is indexed.
+        what: tells apart what may be indexed in one folder.
+        sources: class folders or shards that are there now.
+        strict: whether the table must be; a strict one serves otherwise too.
+    """
+    try:
+        path = table_file(folder, what)
+    except RuntimeError:  # no home
+        return build()
+    table = _kept(path, folder, sources, strict)
+    if table is not None:
+        return table
+    lock = _locked(path, folder)
+    try:
+        table = _kept(path, folder, sources, strict)
+        if table is None:
+            table = build()
+            with suppress(*_UNUSABLE):
+                write_table(table, path)
+                table = open_table(path, folder)  # mapped: its pages are shared with other ranks
+        return table
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def table_file(folder: Path, what: str) -> Path:
+    """Where the table of a folder is kept.
+
+    Raises:
+        RuntimeError: the user has no home, nor XDG_CACHE_HOME.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    key = hashlib.blake2b(os.fsencode(folder.resolve()) + b"\0" + what.encode(), digest_size=12).hexdigest()
+    return Path(root) / "pliant" / f"index{VERSION}-{key}.safetensors"
+
+
+def stamp(folder: Path, name: str) -> Stamp:
+    """The state of a file or folder below `folder`, to be asked before it is read.
+
+    Waits, for one tick of a file system's clock at most, until a change from now on would show in another time.
+
+    Raises:
+        OSError: it is not there.
+    """
+    found = _stamp(folder, name)
+    age = time.time_ns() - found[1]
+    if 0 <= age < _TICK_NS:
+        time.sleep((_TICK_NS - age) / 1e9)
+    return found
+
+
+def _stamp(folder: Path, name: str) -> Stamp:
+    found = os.stat(folder / name)
+    if S_ISDIR(found.st_mode):
+        return name, found.st_mtime_ns, 0
+    return name, max(found.st_mtime_ns, found.st_ctime_ns), found.st_size  # permissions change the latter alone
+
+
+def _kept(path: Path, folder: Path, sources: Sequence[str], strict: bool) -> Table | None:
+    with suppress(*_UNUSABLE):
+        table = open_table(path, folder)
+        fits = (table.strict or not strict) and table.listing.sources == tuple(sources)
+        if fits and all(_stamp(folder, one[0]) == one for one in table.listing.stamps):
+            return table
+    return None
+
+
+def _locked(path: Path, folder: Path) -> FileLock | None:
+    """Held until released, or until this process ends; None where the cache cannot be locked."""
+    with suppress(*_UNUSABLE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=_PATIENCE_S)
+        except Timeout:
+            _log.info("Waiting for another process that indexes %s", folder)
+            lock.acquire()
+        return lock
+    return None

@@ -1,0 +1,50 @@
+"""Tar shards: ROOT/train/*.tar and ROOT/val/*.tar, or ROOT/train-*.tar and ROOT/val-*.tar.
+
+What may be in them: `pliant.data.index.shards`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pliant.data.index import Index, scan_shards
+from pliant.data.sources.folder import read_class_list
+from pliant.errors import UserError
+
+_LAYOUT = "train/*.tar or train-*.tar, and val likewise"
+
+
+def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = True) -> tuple[Index, Index | None]:
+    """Index the training and the validation images.
+
+    Args:
+        root: the folder that holds the shards, or the folders train and val with them.
+        class_list: text file with one class name per line, in the order of the labels; None: the names found, sorted.
+        strict: read and decode every image once, so that broken ones are known from the start; else headers alone.
+
+    Returns:
+        Training and validation images with the same classes; None where there are no shards of `val`.
+
+    Raises:
+        UserError: there are no shards for training, one cannot be used, or a class of `val` is not in `train`.
+    """
+    if root is None:
+        raise UserError(f"No dataset was named: write --data.root /path/to/shards, a folder that holds {_LAYOUT}.")
+    found = _shards(root, "train")
+    if found is None:
+        raise UserError(f"The data root {root} holds no shards: write a folder that holds {_LAYOUT} as --data.root.")
+    train = scan_shards(*found, None if class_list is None else read_class_list(class_list), strict=strict)
+    if len(train.classes) < 2:
+        raise UserError(
+            f"The shards in {found[0]} hold one class only, {train.classes[0]}: a classifier needs at least two."
+        )
+    held = _shards(root, "val")
+    return train, None if held is None else scan_shards(*held, train.classes, strict=strict)
+
+
+def _shards(root: Path, split: str) -> tuple[Path, str] | None:
+    """The folder and the pattern of a split's shards."""
+    for folder, pattern in ((root / split, "*.tar"), (root, f"{split}-*.tar")):
+        if any(folder.glob(pattern)):
+            return folder, pattern
+    return None
