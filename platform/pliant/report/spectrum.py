@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pliant.aside import written_aside
 from pliant.errors import UserError
 
 
@@ -92,10 +93,9 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial)
+    with written_aside(path) as beside:
+        figure.savefig(beside)
     pyplot.close(figure)
-    partial.rename(path)
     return path
 
 
