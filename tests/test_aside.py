@@ -25,8 +25,13 @@ def test_what_is_written_takes_the_place_of_what_was_there(flush: bool, tmp_path
 def test_what_fails_on_the_way_leaves_what_was_there(stop: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "spectrum.json"
     path.write_text("old")
-    with pytest.raises(stop), written_aside(path) as beside:
-        beside.write_text("ne")
-        raise stop
+
+    def write() -> None:
+        with written_aside(path) as beside:
+            beside.write_text("ne")
+            raise stop
+
+    with pytest.raises(stop):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
