@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pliant.cli import parse_points
+from pliant.asks import parse_points
 from pliant.errors import UserError
 from pliant.methods.i_net import INet
 from pliant.methods.s_net import SNet

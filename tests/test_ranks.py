@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pliant.engine.backends import wrap
+from pliant.engine.backends.single import Single
 from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks, join, leave
@@ -100,6 +101,43 @@ def _equals_one_process(ranks: Ranks) -> None:
 def test_gradients_and_statistics_are_those_of_one_process(ranks: int) -> None:
     """Three ranks share four micro-batches unevenly; gates, policies and nonuniform widths differ per rank."""
     spawn(_equals_one_process, ranks)
+
+
+def _under_zero_equals_one_process(ranks: Ranks) -> None:
+    for kind in ("zero0", "zero1", "zero2", "zero3"):
+        for recipe in DEPTH:
+            torch.manual_seed(1)
+            net = recipe.build(3)
+            backend = wrap(net, ranks, kind, Optimization(lr=0.01), Precision("fp32", ranks.device))
+            indices = ranks.micro_batches(MICRO_BATCHES)
+            for step in range(3):
+                alone = recipe.build(3)
+                alone.load_state_dict(backend.whole().state_dict())
+                one = Single(alone, Optimization(), Precision("fp32", ranks.device))
+                for which, on, mine in ((net, backend, indices), (alone, one, range(MICRO_BATCHES))):
+                    accumulate(
+                        recipe,
+                        which,
+                        on,
+                        RunningStatistics(which),
+                        [micro_batch(index) for index in mine],
+                        [Draw(0, 0, step, index) for index in mine],
+                        progress_at(step),
+                        MICRO_BATCHES,
+                    )
+                got = backend.gradients()
+                for name, want in one.gradients().items():
+                    apart = (got.get(name, torch.zeros_like(want)) - want).abs().max()
+                    assert apart <= 2e-5 * want.abs().max() + 1e-7, (
+                        f"{kind} {type(recipe).__name__} {step} {name}: {apart}"
+                    )
+                backend.update(0.01)
+            backend.close()
+
+
+def test_methods_on_depth_have_the_gradients_of_one_process_under_zero() -> None:
+    """From the weights that each step begins with; every rank runs all blocks, so ZeRO 3 serves them too."""
+    spawn(_under_zero_equals_one_process, 2)
 
 
 def _calibrates(ranks: Ranks, folder: str) -> None:

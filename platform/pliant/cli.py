@@ -1,4 +1,4 @@
-"""The command line: `pliant train|spectrum|calibrate|export|checkpoint|data`, and the end of every recipe file.
+"""The command line: `pliant train|spectrum|compare|calibrate|export|checkpoint|data`, and the end of every recipe file.
 
 A user's mistake is one sentence on stderr and exit status 2.
 """
@@ -11,21 +11,19 @@ import os
 # times; if they slept at once, an idle machine would take half as long again.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-import dataclasses
 import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from pliant.asks import Ask, AskCheckpoint, AskCompare, AskExport, AskSpectrum, parse_points
 from pliant.errors import EXIT_INTERRUPTED, EXIT_RANKS_LOST, EXIT_USER_ERROR, Interrupted, RanksLost, UserError
-from pliant.experiment import Calibration, Experiment
-from pliant.recipe import Point, Width, parse_point
+from pliant.experiment import Experiment
 
 if TYPE_CHECKING:
     from pliant.engine.ranks import Ranks
@@ -33,58 +31,12 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "train": "train a recipe file: pliant train recipes/usnet_mbv2.py --data.root /imagenet",
     "spectrum": "accuracy and cost of a run's network at many points: pliant spectrum RUN",
+    "compare": "several runs' spectra in one table and picture: pliant compare RUN RUN",
     "calibrate": "batch-norm statistics of points: pliant calibrate RUN --at 0.5",
     "checkpoint": "list or verify a run's checkpoints: pliant checkpoint verify RUN",
     "export": "an ordinary network at one point: pliant export RUN --at 0.5",
     "data": "unpack, shard, split or verify a dataset: pliant data --help",
 }
-
-Run = Annotated[Path, tyro.conf.Positional]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """Which network of a run, at which points, on which images."""
-
-    run: Run
-    """Folder of the run, as train named it."""
-    at: tuple[str, ...] = ()
-    """Points, for instance 0.35 0.5 1.0, or a range with its step: 0.35:0.05:1.0. Default: the recipe's own."""
-    checkpoint: str = "newest"
-    """newest, best (by the held-out split), or the step of one that was kept."""
-    root: Path | None = None
-    """Where the dataset lies now, if it has moved."""
-    images: int | None = None
-    """Training images to calibrate batch norm on, 0 for all; default: as the run's experiment says."""
-    average: Literal["pooled", "cumulative", "moving"] | None = None
-    """How their statistics are averaged; default: as the run's experiment says."""
-    augment: bool | None = None
-    """Whether they are augmented as in training; default: as the run's experiment says."""
-
-    def calibration(self, default: Calibration) -> Calibration:
-        """The run's calibration with what was asked for in its place."""
-        asked = {name: value for name in ("images", "average", "augment") if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(default, **asked)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskSpectrum(Ask):
-    """Accuracy and cost of a run's network at many points, each image decoded once for all of them."""
-
-    split: Literal["auto", "val", "held_out"] = "auto"
-    """Which images; auto: the validation images, or the held-out ones where there are none."""
-    execution: Literal["masked", "grouped"] | None = None
-    """How a network on depth leaves blocks out (methods on depth); default: as the run's recipe says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskExport(Ask):
-    """An ordinary network at one point, its statistics folded in, without anything of Pliant."""
-
-    to: Path | None = None
-    """Folder to write to; default: export/POINT in the run's folder."""
-    formats: tuple[Literal["safetensors", "onnx", "torch"], ...] = ("safetensors", "onnx", "torch")
-    """safetensors: weights under ordinary names. onnx: for other runtimes. torch: a torch.export program."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guard(lambda: _checkpoint(given[1:]))
     elif command == "export":
         _guard(lambda: _export(tyro.cli(AskExport, args=given[1:], prog="pliant export")))
+    elif command == "compare":
+        _guard(lambda: _compare(tyro.cli(AskCompare, args=given[1:], prog="pliant compare")))
     elif command == "data":
         _guard(lambda: _data(given[1:]))
     else:
@@ -175,7 +129,7 @@ def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
         if split == "auto":
             split = "held_out" if trained.feed.dataset.val is None else "val"
         calibration = ask.calibration(trained.experiment.calibration)
-        rows: dict[Point, Any] = {}
+        rows: dict[Any, Any] = {}
         lines = trained.measure(trained.at(points, calibration), split, rows)
         if not trained.ranks.first:
             return
@@ -187,6 +141,19 @@ def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
     console.print(report.table(measured))
     for path in (picture, *blocks.draw(ask.run)):
         console.print(f"picture: {path}", soft_wrap=True, highlight=False)
+
+
+def _compare(ask: AskCompare) -> None:
+    from rich.console import Console
+
+    from pliant.report import comparison
+
+    if ask.to.suffix != ".png" or not ask.to.absolute().parent.is_dir():
+        raise UserError(f"{ask.to} is no place for a picture: write --to with a file that ends in .png.")
+    spectra = comparison.read_all(ask.runs)
+    console = Console()
+    console.print(comparison.table(spectra))
+    console.print(f"picture: {comparison.draw(spectra, ask.to)}", soft_wrap=True, highlight=False)
 
 
 def _calibrate(ask: Ask) -> None:
@@ -216,16 +183,6 @@ def _export(ask: AskExport) -> None:
             print(path)
 
 
-@dataclass(frozen=True)
-class AskCheckpoint:
-    """What is there of a run's checkpoints: their steps and scores, and whether each is whole."""
-
-    action: Annotated[Literal["list", "verify"], tyro.conf.Positional]
-    """list: steps, scores and sizes. verify: reads every byte as well; status 2 if one is damaged."""
-    run: Run
-    """Folder of the run, as train named it."""
-
-
 def _checkpoint(arguments: Sequence[str]) -> None:
     ask = tyro.cli(AskCheckpoint, args=arguments, prog="pliant checkpoint")
     from rich.console import Console
@@ -253,30 +210,6 @@ def _data(arguments: Sequence[str]) -> None:
     from pliant.preparation.command import data_command
 
     data_command(arguments)
-
-
-def parse_points(texts: Sequence[str]) -> list[Point]:
-    """Points from the command line: single ones, and ranges low:step:high with both ends.
-
-    Raises:
-        UserError: a text is neither.
-    """
-    points: list[Point] = []
-    for text in texts:
-        if ":" not in text:
-            points.append(parse_point(text))
-            continue
-        try:
-            low, step, high = (float(part) for part in text.split(":"))
-            count = round((high - low) / step)
-        except (ValueError, ArithmeticError):
-            count, low, step, high = -1, 0.0, 0.0, 0.0
-        if count < 0 or abs(low + count * step - high) > 1e-6:
-            raise UserError(
-                f"{text!r} is no range of widths: write low:step:high, for instance 0.35:0.05:1.0."
-            ) from None
-        points += [Width(round(low + number * step, 6)) for number in range(count + 1)]
-    return points
 
 
 def _guard(action: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pliant import record
+from pliant.aside import written_aside
 from pliant.data import Feed, SplitName, thumbnails
 from pliant.engine import checkpoint
 from pliant.engine.agreement import heeded
@@ -142,9 +143,8 @@ class Trained:
         flat: dict[str, Tensor] = {}
         for name, layer in statistics.items():
             flat |= {f"{name}.mean": layer.mean.cpu().contiguous(), f"{name}.var": layer.var.cpu().contiguous()}
-        partial = path.with_suffix(".partial")
-        save_file(flat, partial)
-        partial.rename(path)
+        with written_aside(path) as beside:
+            save_file(flat, beside)
 
     def measure(
         self, nets: Mapping[Point, nn.Module], split: SplitName, rows: dict[Point, Rows] | None = None
@@ -248,9 +248,8 @@ def write_spectrum(
     }
     _write_rows(trained, rows, cast(SplitName, split))
     path = trained.folder.path / "spectrum.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(plain, indent=2) + "\n")
-    partial.rename(path)
+    with written_aside(path) as beside:
+        beside.write_text(json.dumps(plain, indent=2) + "\n")
     return path
 
 
@@ -269,6 +268,5 @@ def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) 
                 positions = found["position"][chosen].numpy()
                 kept[f"{point}/{end}"] = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
                 kept[f"{point}/{end}_rows"] = chosen.numpy()
-    partial = path.with_suffix(".partial.npz")
-    np.savez_compressed(partial, **kept)  # type: ignore[arg-type] # its stub takes them for flags
-    partial.rename(path)
+    with written_aside(path) as beside:
+        np.savez_compressed(beside, **kept)  # type: ignore[arg-type] # its stub takes them for flags

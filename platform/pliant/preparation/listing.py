@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pliant.aside import written_aside
 from pliant.data.index import SUFFIXES, class_folders
 from pliant.errors import UserError
 from pliant.preparation.span import Span
@@ -133,10 +134,8 @@ def save(listing: Listing, path: Path, key: str) -> None:
     """Keep a listing, under a key that tells what was listed; written aside and renamed."""
     archives = [str(path) for path in listing.archives]
     text = json.dumps({"key": key, "classes": listing.classes, "archives": archives, "folder": listing.folder})
-    beside = path.with_suffix(".part")
-    with open(beside, "wb") as file:
+    with written_aside(path) as beside, open(beside, "wb") as file:
         np.savez(file, names=listing.names, labels=listing.labels, places=listing.places, text=np.array(text))
-    os.replace(beside, path)
 
 
 def load(path: Path, key: str) -> Listing | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pliant.aside import written_aside
 from pliant.report.spectrum import read, title
 
 Rows = Mapping[str, NDArray[Any]]
@@ -49,10 +50,9 @@ def _saved(path: Path, paint: Callable[[Any], None]) -> Path:
 
     figure = pyplot.figure(dpi=150, layout="constrained")
     paint(figure)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial)
+    with written_aside(path) as beside:
+        figure.savefig(beside)
     pyplot.close(figure)
-    partial.rename(path)
     return path
 
 

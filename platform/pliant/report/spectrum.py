@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from pliant.aside import written_aside
 from pliant.errors import UserError
 
 
@@ -34,16 +36,16 @@ def title(spectrum: dict[str, Any]) -> str:
 
 def table(spectrum: dict[str, Any]) -> Table:
     """One row per point, for a terminal. Where a method has figures of its own, they take the room of others."""
-    cells = [_cells(line) for line in spectrum["lines"]]
-    if len(cells) > 1:
-        mean = sum(line["top1"] for line in spectrum["lines"]) / len(cells)
-        cells.append({"point": "mean", "top-1 %": f"{100 * mean:.2f}"})
+    texts = [_cells(line) for line in spectrum["lines"]]
+    if len(texts) > 1:
+        mean = sum(line["top1"] for line in spectrum["lines"]) / len(texts)
+        texts.append({"point": "mean", "top-1 %": f"{100 * mean:.2f}"})
     rows = Table(title=title(spectrum), title_justify="left")
-    for name in cells[0]:
+    for name in texts[0]:
         # In a narrow terminal the headings wrap, never the figures.
-        rows.add_column(name, justify="right", min_width=max(len(line.get(name, "")) for line in cells))
-    for number, line in enumerate(cells):
-        rows.add_row(*(line.get(name, "") for name in cells[0]), end_section=number == len(spectrum["lines"]) - 1)
+        rows.add_column(name, justify="right", min_width=max(len(line.get(name, "")) for line in texts))
+    for number, line in enumerate(texts):
+        rows.add_row(*(line.get(name, "") for name in texts[0]), end_section=number == len(spectrum["lines"]) - 1)
     return rows
 
 
@@ -55,16 +57,17 @@ def _cells(line: dict[str, Any]) -> dict[str, str]:
         "top-1 %": f"{100 * line['top1']:.2f}",
         "top-5 %": f"{100 * line['top5']:.2f}",
         "loss": f"{line['loss']:.3f}",
-        "MACs (M)": _millions(line["macs"]),
-        "± (M)": _millions(line.get("macs_sd")),
-        "parameters (M)": _millions(line["parameters"], digits=3),
+        "MACs (M)": millions(line["macs"]),
+        "± (M)": millions(line.get("macs_sd")),
+        "parameters (M)": millions(line["parameters"], digits=3),
     }
     left_out = ("top-5 %", "parameters (M)") if own else ("± (M)",)
     cells = {name: text for name, text in cells.items() if name not in left_out}
     return cells | {name.replace("_sd", " ±"): f"{value:.2f}".removesuffix(".00") for name, value in own.items()}
 
 
-def _millions(value: float | None, digits: int = 2) -> str:
+def millions(value: float | None, digits: int = 2) -> str:
+    """As text; nothing for None."""
     return "" if value is None else f"{value / 1e6:.{digits}f}"
 
 
@@ -75,14 +78,8 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = sorted(spectrum["lines"], key=lambda line: float(line["macs"] or 0))
-    costs = [(line["macs"] or 0) / 1e6 for line in lines]
-    accuracies = [100 * line["top1"] for line in lines]
     figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
-    spread = [(line.get("macs_sd") or 0) / 1e6 for line in lines]
-    axes.errorbar(costs, accuracies, xerr=spread if any(spread) else None, fmt="none", ecolor="#b8cde4")
-    axes.plot(costs, accuracies, marker="o", markersize=4, color="#1f5fa8")
-    for line, cost, accuracy in _apart(list(zip(lines, costs, accuracies, strict=True))):
+    for line, cost, accuracy in _apart(plot(axes, spectrum["lines"], color="#1f5fa8")):
         axes.annotate(
             line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
         )
@@ -92,11 +89,22 @@ def draw(spectrum: dict[str, Any], path: Path) -> Path:
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial)
+    with written_aside(path) as beside:
+        figure.savefig(beside)
     pyplot.close(figure)
-    partial.rename(path)
     return path
+
+
+def plot(axes: Any, lines: Sequence[dict[str, Any]], **style: Any) -> list[tuple[dict[str, Any], float, float]]:
+    """Accuracy in percent over millions of MACs, with the spread of MACs over images; the points by rising cost."""
+    lines = sorted(lines, key=lambda line: float(line["macs"] or 0))
+    costs = [(line["macs"] or 0) / 1e6 for line in lines]
+    accuracies = [100 * line["top1"] for line in lines]
+    spread = [(line.get("macs_sd") or 0) / 1e6 for line in lines]
+    (curve,) = axes.plot(costs, accuracies, marker="o", markersize=4, **style)
+    if any(spread):
+        axes.errorbar(costs, accuracies, xerr=spread, fmt="none", ecolor=curve.get_color(), alpha=0.35)
+    return list(zip(lines, costs, accuracies, strict=True))
 
 
 def _apart(points: list[tuple[dict[str, Any], float, float]]) -> list[tuple[dict[str, Any], float, float]]:

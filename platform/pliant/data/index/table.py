@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from pliant.aside import written_aside
+
 _DTYPES = {"U8": np.uint8, "BOOL": np.bool_, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 _METADATA = "pliant.index"
 
@@ -97,12 +99,8 @@ def write_table(table: Table, path: Path) -> None:
     }
     words = {name: getattr(listing, name) for name in ("sources", "whole", "classes", "numbered", "stamps")}
     words |= {"strict": table.strict, "reasons": table.reasons}
-    beside = path.with_suffix(".partial")  # one for all processes: only the holder of the lock writes
-    with open(beside, "wb") as file:
-        file.write(save(arrays, {_METADATA: json.dumps(words)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with written_aside(path, flush=True) as beside:  # one for all processes: only the holder of the lock writes
+        beside.write_bytes(save(arrays, {_METADATA: json.dumps(words)}))
 
 
 def open_table(path: Path, folder: Path) -> Table:

@@ -1,0 +1,106 @@
+"""What may be asked of runs on the command line: one value per command, and the points of a spectrum as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pliant.errors import UserError
+from pliant.experiment import Calibration
+from pliant.recipe import Point, Width, parse_point
+
+Run = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Which network of a run, at which points, on which images."""
+
+    run: Run
+    """Folder of the run, as train named it."""
+    at: tuple[str, ...] = ()
+    """Points, for instance 0.35 0.5 1.0, or a range with its step: 0.35:0.05:1.0. Default: the recipe's own."""
+    checkpoint: str = "newest"
+    """newest, best (by the held-out split), or the step of one that was kept."""
+    root: Path | None = None
+    """Where the dataset lies now, if it has moved."""
+    images: int | None = None
+    """Training images to calibrate batch norm on, 0 for all; default: as the run's experiment says."""
+    average: Literal["pooled", "cumulative", "moving"] | None = None
+    """How their statistics are averaged; default: as the run's experiment says."""
+    augment: bool | None = None
+    """Whether they are augmented as in training; default: as the run's experiment says."""
+
+    def calibration(self, default: Calibration) -> Calibration:
+        """The run's calibration with what was asked for in its place."""
+        asked = {name: value for name in ("images", "average", "augment") if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(default, **asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskSpectrum(Ask):
+    """Accuracy and cost of a run's network at many points, each image decoded once for all of them."""
+
+    split: Literal["auto", "val", "held_out"] = "auto"
+    """Which images; auto: the validation images, or the held-out ones where there are none."""
+    execution: Literal["masked", "grouped"] | None = None
+    """How a network on depth leaves blocks out (methods on depth); default: as the run's recipe says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskCompare:
+    """Accuracy over cost of several runs, measured before by pliant spectrum: one table, one picture."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of the runs, as train named them."""
+    to: Path = Path("comparison.png")
+    """The picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskExport(Ask):
+    """An ordinary network at one point, its statistics folded in, without anything of Pliant."""
+
+    to: Path | None = None
+    """Folder to write to; default: export/POINT in the run's folder."""
+    formats: tuple[Literal["safetensors", "onnx", "torch"], ...] = ("safetensors", "onnx", "torch")
+    """safetensors: weights under ordinary names. onnx: for other runtimes. torch: a torch.export program."""
+
+
+@dataclass(frozen=True)
+class AskCheckpoint:
+    """What is there of a run's checkpoints: their steps and scores, and whether each is whole."""
+
+    action: Annotated[Literal["list", "verify"], tyro.conf.Positional]
+    """list: steps, scores and sizes. verify: reads every byte as well; status 2 if one is damaged."""
+    run: Run
+    """Folder of the run, as train named it."""
+
+
+def parse_points(texts: Sequence[str]) -> list[Point]:
+    """Points from the command line: single ones, and ranges low:step:high with both ends.
+
+    Raises:
+        UserError: a text is neither.
+    """
+    points: list[Point] = []
+    for text in texts:
+        if ":" not in text:
+            points.append(parse_point(text))
+            continue
+        try:
+            low, step, high = (float(part) for part in text.split(":"))
+            count = round((high - low) / step)
+        except (ValueError, ArithmeticError):
+            count, low, step, high = -1, 0.0, 0.0, 0.0
+        if count < 0 or abs(low + count * step - high) > 1e-6:
+            raise UserError(
+                f"{text!r} is no range of widths: write low:step:high, for instance 0.35:0.05:1.0."
+            ) from None
+        points += [Width(round(low + number * step, 6)) for number in range(count + 1)]
+    return points

@@ -1,0 +1,82 @@
+"""Several runs' spectra side by side, as US-Nets Fig. 1 and 3 set one network beside many: a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pliant.aside import written_aside
+from pliant.errors import UserError
+from pliant.report.spectrum import millions, plot, read
+
+
+def read_all(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The spectra of runs, by a name for each.
+
+    Raises:
+        UserError: there are fewer than two, one has no spectrum, or they are not of the same images.
+    """
+    if len(dict.fromkeys(runs)) < 2:
+        raise UserError("A comparison is of two runs or more: write for instance pliant compare RUN RUN.")
+    found = {run: read(run) for run in dict.fromkeys(runs)}
+    images = {run: _images(spectrum) for run, spectrum in found.items()}
+    first = runs[0]
+    for run, one in images.items():
+        if one != images[first]:
+            raise UserError(
+                f"{first} was measured on {images[first]} and {run} on {one}: measure both on the same with pliant "
+                "spectrum, before they are compared."
+            )
+    names = [spectrum["name"] for spectrum in found.values()]
+    return {
+        spectrum["name"] if names.count(spectrum["name"]) == 1 else f"{spectrum['name']} {run.name}": spectrum
+        for run, spectrum in found.items()
+    }
+
+
+def _images(spectrum: dict[str, Any]) -> str:
+    kind = "generated " if spectrum["generated"] else ""
+    return f"{spectrum['lines'][0]['images']} {kind}images ({spectrum['split']})"
+
+
+def table(spectra: dict[str, dict[str, Any]]) -> Table:
+    """One row per run and point, by rising cost; the mean of a run with several points last (Table 1)."""
+    rows = Table("run", "point", "top-1 %", "MACs (M)", "parameters (M)")
+    for column in rows.columns[2:]:
+        column.justify = "right"
+    for name, spectrum in spectra.items():
+        lines = sorted(spectrum["lines"], key=lambda line: float(line["macs"] or 0))
+        for number, line in enumerate(lines):
+            texts = (f"{100 * line['top1']:.2f}", millions(line["macs"]), millions(line["parameters"], digits=3))
+            rows.add_row(name if number == 0 else "", line["point"], *texts, end_section=len(lines) == 1)
+        if len(lines) > 1:
+            mean = 100 * sum(line["top1"] for line in lines) / len(lines)
+            cost = millions(sum(float(line["macs"] or 0) for line in lines) / len(lines))
+            rows.add_row("", "mean", f"{mean:.2f}", cost, "", end_section=True)
+    return rows
+
+
+def draw(spectra: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Top-1 accuracy over MACs, one curve per run; a run with one point is a mark. As a PNG."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
+    for name, spectrum in spectra.items():
+        plot(axes, spectrum["lines"], label=name)
+    axes.set_xlabel("multiply-accumulates per image (millions)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title(_images(next(iter(spectra.values()))), fontsize=9)
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    with written_aside(path) as beside:
+        figure.savefig(beside)
+    pyplot.close(figure)
+    return path
