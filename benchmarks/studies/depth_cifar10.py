@@ -11,17 +11,27 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 import tyro
+
+from pliant.engine.ranks import Ranks
+from pliant.engine.trained import open_run
+from pliant.methods.depth import GatedRecipe
+from pliant.networks.execution import folded, runner
+from pliant.networks.gated import GatedNet, threshold
+from pliant.recipe import Scale, parse_point
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCALES = ("S0.2", "S0.4", "S0.6", "S0.8", "S1")
@@ -177,6 +187,30 @@ def measure(name: str, row: Row, run: Path, settings: Settings, checkpoint: str 
     return found  # type: ignore[no-any-return]
 
 
+@torch.inference_mode()
+def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
+    """Time of grouped execution over that of all blocks without gates, at each point: batches of 64 test images, in
+    turn, batch norm folded on both sides; medians."""
+    trained = open_run(run, Ranks(0, 1, torch.device("cpu")), root=settings.root)
+    net = cast(GatedNet, trained.net)
+    net.backbone = folded(net.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    group = runner("grouped", cast(GatedRecipe, trained.recipe).closed)
+    with trained.feed.evaluation("val", batch=64) as batches:
+        images = [batch.images for batch in islice(batches, 16)]
+    ratios: dict[str, list[float]] = {point: [] for point in at}
+    for one in images:
+        started = time.perf_counter()
+        net.backbone(one)
+        whole = time.perf_counter() - started
+        for point in at:
+            asked = parse_point(point)
+            scale = asked.wanted if isinstance(asked, Scale) else None
+            started = time.perf_counter()
+            net(one, threshold, group, scale)
+            ratios[point].append((time.perf_counter() - started) / whole)
+    return {point: round(statistics.median(several[1:]), 3) for point, several in ratios.items()}
+
+
 def commonest(opened: np.ndarray[Any, Any]) -> tuple[list[int], float]:
     """The blocks of the policy that most images share, and the share."""
     policies, images = np.unique(opened, axis=0, return_counts=True)
@@ -215,7 +249,8 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
         boundary = str(round(row.epochs[0] * STEPS_OF_EPOCH))
         done["before"] = [plain(line, reference) for line in measure(name, row, run, settings, boundary)]
     lines = measure(name, row, run, settings)
-    done["points"] = [plain(line, reference) for line in lines]
+    times = clock(run, [line["point"] for line in lines], settings) if row.frozen else {}
+    done["points"] = [plain(line, reference) | {"time": times.get(line["point"])} for line in lines]
     for line in lines:
         if line["point"] in row.frozen:
             blocks, _ = commonest(line["opened"])
