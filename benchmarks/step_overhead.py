@@ -122,7 +122,7 @@ def engine_side(
     config = dataclasses.replace(experiment.optimization, steps=MANY, warmup_epochs=0.0)
     experiment = dataclasses.replace(experiment, optimization=config, evaluate_epochs=0.0, log_steps=10)
     experiment = dataclasses.replace(experiment, saving=dataclasses.replace(experiment.saving, every_steps=MANY))
-    schedule = make_schedule(experiment.recipe.stages(), config, steps_per_epoch=MANY)
+    schedule = make_schedule(experiment.recipe.stages(), config, steps_per_epoch=[MANY])
     telemetry = Telemetry(RunFolder(folder), first=ranks.first, step=0)
     trainer = Trainer(
         experiment=experiment,

@@ -3,8 +3,8 @@
     accelerate launch recipes/blockdrop_cifar10.py --data.root data/cifar10 --recipe.pretrained resnet110.safetensors
 
 5,000 epochs of curriculum, the last blocks first and one more each epoch, then 2,000 of joint fine-tuning; Adam at
-1e-4 without decay, alpha 0.8. From the authors' code, where the paper is silent: gamma 1, then 10. The paper's batches
-are of 2,048 images in the curriculum and of 256 afterwards; here all are of 256.
+1e-4 without decay, alpha 0.8; 2,048 images a step in the curriculum, then 256. From the authors' code, where the paper
+is silent: gamma 1, then 10.
 """
 
 from pliant import cli
@@ -21,6 +21,7 @@ EXPERIMENT = Experiment(
         alpha=0.8,
         curriculum_share=5 / 7,
         grow=54 / 5000,
+        curriculum_batch=8,
     ),
     data=Data(source="cifar10", held_out=5000),
     batch=Batching(images=256, micro=256),

@@ -3,8 +3,8 @@
     accelerate launch recipes/blockdrop_resnet101.py --data.root /imagenet --recipe.pretrained resnet101.safetensors
 
 Adam at 1e-4, and 1e-5 in joint fine-tuning; alpha 0.8. From the authors' code, where the paper is silent: 45 epochs of
-curriculum and 10 of fine-tuning, gamma 1, then 5. The paper's batches are of 2,048 images, then 320; here all are of
-320.
+curriculum and 10 of fine-tuning, gamma 1, then 5. The paper's batches are of 2,048 images, then 320; here of
+1,920, six times 320.
 """
 
 from pliant import cli
@@ -21,6 +21,7 @@ EXPERIMENT = Experiment(
         alpha=0.8,
         curriculum_share=45 / 55,
         grow=33 / 45,
+        curriculum_batch=6,
         joint_rate=0.1,
     ),
     data=Data(size=224, scale=(0.08, 1.0), threads=8, held_out=10000),

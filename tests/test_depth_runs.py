@@ -41,7 +41,11 @@ def given(data: Path, runs: Path, method: str, *more: str) -> list[str]:
         "saving.every-steps": 2,
     }
     settings |= {"recipe.gates-share": 0.5} if method == "urnet" else {}
-    settings |= {"recipe.curriculum-share": 0.5, "recipe.grow": 0.5} if method == "blockdrop" else {}
+    settings |= (
+        {"recipe.curriculum-share": 0.5, "recipe.grow": 0.5, "recipe.curriculum-batch": 2}
+        if method == "blockdrop"
+        else {}
+    )
     settings |= {"recipe.sp-share": 0.5} if method == "skipnet" else {}
     flat = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return command(*flat, *more, recipe=f"{method}_cifar10")
@@ -64,6 +68,14 @@ def test_run_has_its_stages(run: Path) -> None:
     assert len(names) == STEPS
     assert len(dict.fromkeys(names)) == 2
     assert names == sorted(names, key=names.index), "one after the other"
+
+
+def test_a_stage_may_take_more_images_a_step(run: Path) -> None:
+    """BlockDrop's curriculum here: 200 images make 6 steps of 32, or 12 of 16."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in entries if line["event"] == "step"]
+    assert 1 / steps[0]["epoch"] == pytest.approx(6 if steps[0]["stage"] == "curriculum" else 12)
+    assert steps[-1]["epoch"] == pytest.approx(STEPS / 2 / 12)
 
 
 def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from pliant import record
 from pliant.engine.session import train
 from pliant.experiment import Batching, Experiment
-from pliant.methods.blockdrop import FixedBlocks
+from pliant.methods.blockdrop import BlockDrop, FixedBlocks
 from pliant.methods.depth import ResidualRecipe
 from tests.runs import REPOSITORY, losses, tiny_cifar
 from tests.test_step import ALONE
@@ -57,6 +57,7 @@ def small(experiment: Experiment, make_root: Callable[[str], Path], runs: Path) 
     if isinstance(recipe, ResidualRecipe):  # the recipe's settings on few blocks
         network = dataclasses.replace(recipe.network, depth=14 if recipe.network.form == "cifar" else 18)
         fewer = {"keep": network.number_of_blocks // 2} if isinstance(recipe, FixedBlocks) else {}
+        fewer |= {"curriculum_batch": 1} if isinstance(recipe, BlockDrop) else {}
         recipe = dataclasses.replace(recipe, network=network, **fewer)
     return dataclasses.replace(
         experiment,

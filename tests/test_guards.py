@@ -164,7 +164,7 @@ def test_rank_that_hangs_is_given_up_and_says_where_it_stood(data: Path, tmp_pat
 
 def _slowest(ranks: Ranks) -> None:
     config = Optimization(steps=10)
-    meter = Meter(make_schedule((Stage(),), config, 10), ranks, Batching(images=16, micro=8))
+    meter = Meter(make_schedule((Stage(),), config, [10]), ranks, Batching(images=16, micro=8))
     recipe = Touches()
     net = recipe.build(5)
     backend = wrap(net, ranks, "ddp", config, Precision("fp32", ranks.device))

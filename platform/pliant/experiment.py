@@ -130,6 +130,10 @@ class Batching:
         """Micro-batches of a step, over all ranks."""
         return self.images // self.micro
 
+    def times(self, number: int) -> Batching:
+        """So many times as many images a step, in micro-batches of the same size."""
+        return dataclasses.replace(self, images=self.images * number)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
@@ -295,9 +299,19 @@ class Experiment:
         if abs(sum(stage.share for stage in stages) - 1.0) > 1e-6:
             shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
             raise UserError(f"The shares of a recipe's stages must add up to 1: got {shares}.")
+        for stage in stages:
+            if stage.batch < 1:
+                raise UserError(
+                    f"Stage {stage.name} cannot take {stage.batch} times --batch.images a step: write a whole number "
+                    "from 1."
+                )
         refusal = self.recipe.admits_mixing() if self.data.mixes else None
         if refusal is not None:
             raise UserError(f"{refusal}: write --data.mixup 0 --data.cutmix 0.")
+
+    def batching(self, stage: int) -> Batching:
+        """The steps of a stage, by its index."""
+        return self.batch.times(self.recipe.stages()[stage].batch)
 
 
 RESUME_RULES: dict[str, Literal["free", "warned"]] = {

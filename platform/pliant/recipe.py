@@ -90,6 +90,8 @@ class Stage:
     """Factor on the run's learning rate."""
     schedule: ScheduleName | None = None
     """Shape of the learning rate in this stage; default: the run's."""
+    batch: int = 1
+    """Images of a step, as a multiple of the run's."""
 
 
 class Point(ABC):

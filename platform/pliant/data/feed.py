@@ -86,7 +86,7 @@ class Feed:
                 f"write --batch.images {images} or less, or --data.tail wrap."
             )
         self.steps_per_epoch = steps_per_epoch(images, batching.images, data.tail)
-        """Steps of one pass over the training images."""
+        """Steps of one pass over the training images, of `batching.images` each."""
         self.loader = _loader_name(dataset.train, data)
         """What decodes: dali, torchvision or resident."""
         self.faults = Faults(data.broken_share)
@@ -101,8 +101,23 @@ class Feed:
         if data.mixes:
             timm_mixup()
 
+    def steps_of_epoch(self, times: int) -> int:
+        """Steps of one pass over the training images, of `times` times `batching.images` each.
+
+        Raises:
+            UserError: there are fewer images than such a step takes, and the tail is dropped.
+        """
+        images, wanted = len(self.dataset.train), self.batching.times(times).images
+        steps = steps_per_epoch(images, wanted, self.data.tail)
+        if steps == 0:
+            raise UserError(
+                f"A step takes {wanted} images in one of the recipe's stages, but there are only {images} to train on: "
+                f"write --batch.images {max(1, images // times)} or less, or --data.tail wrap."
+            )
+        return steps
+
     def training(
-        self, *, stage: int, first_step: int, last_step: int, micro_batches: Sequence[int]
+        self, *, stage: int, first_step: int, last_step: int, micro_batches: Sequence[int], times: int = 1
     ) -> AbstractContextManager[Iterator[Batch]]:
         """The micro-batches of the steps `first_step` up to but not including `last_step`, augmented.
 
@@ -111,6 +126,7 @@ class Feed:
             first_step: the first step, counted within the stage.
             last_step: the step after the last.
             micro_batches: this rank's indices in the global batch, in the order in which it takes them.
+            times: images of a step, as a multiple of `batching.images`.
 
         Returns:
             To be entered with `with`: an iterator over the given micro-batches of the first step, of the
@@ -121,10 +137,12 @@ class Feed:
             UserError: (from the iterator) too many images are broken.
         """
 
+        batching = self.batching.times(times)
+
         def requests() -> Iterator[Request]:
             for step in range(first_step, last_step):
                 for micro_batch in micro_batches:
-                    yield self._training_request(stage, step, micro_batch)
+                    yield self._training_request(stage, step, micro_batch, batching)
 
         return self._replayed(requests) if self.data.replay else self._served("train", requests)
 
@@ -203,8 +221,8 @@ class Feed:
             )
         return images // batch
 
-    def _training_request(self, stage: int, step: int, micro_batch: int) -> Request:
-        positions = self._order.samples(stage, step, micro_batch, self.batching)
+    def _training_request(self, stage: int, step: int, micro_batch: int, batching: Batching) -> Request:
+        positions = self._order.samples(stage, step, micro_batch, batching)
         draws = _keyed(self.seed, "", stage, step, micro_batch)
         train = self.dataset.train
 

@@ -98,7 +98,7 @@ class Meter:
             step=done,
             steps=self._schedule.total,
             stage=self._schedule.stages[progress.stage].name,
-            epoch=(progress.step + 1) / self._schedule.steps_per_epoch,
+            epoch=(progress.step + 1) / self._schedule.steps_per_epoch[progress.stage],
             lr=lr,
             losses=losses,
             metrics=metrics,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
 from pliant.engine.optimization import learning_rate
 from pliant.errors import UserError
@@ -19,7 +20,8 @@ class Schedule:
     stages: tuple[Stage, ...]
     steps: tuple[int, ...]
     """Steps of each stage."""
-    steps_per_epoch: int
+    steps_per_epoch: tuple[int, ...]
+    """Of each stage."""
     optimization: Optimization
 
     @property
@@ -45,14 +47,14 @@ class Schedule:
             stage=stage,
             step=step,
             steps=self.steps[stage],
-            epoch=step // self.steps_per_epoch,
+            epoch=step // self.steps_per_epoch[stage],
             run_share=(self.before(stage) + step) / self.total,
         )
 
     def lr(self, stage: int, step: int) -> float:
         """The learning rate of a step."""
         config = self.optimization
-        warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        warmup = round(config.warmup_epochs * self.steps_per_epoch[stage])
         described = self.stages[stage]
         shape = described.schedule or config.schedule
         return config.lr * described.learning_rate * learning_rate(step, self.steps[stage], warmup, shape, config.floor)
@@ -63,28 +65,40 @@ class Schedule:
             return True
         if epochs <= 0:
             return False
-        interval = epochs * self.steps_per_epoch
-        return int(step / interval) != int((step - 1) / interval)
+        interval = Fraction(epochs).limit_denominator(10**6)  # a tenth is meant where 0.1 is written
+        return int(self._epochs(step) / interval) != int(self._epochs(step - 1) / interval)
+
+    def _epochs(self, step: int) -> Fraction:
+        """Passes over the training images in so many steps of the run."""
+        stage, rest = self.locate(step)
+        before = sum(
+            (Fraction(*pair) for pair in zip(self.steps[:stage], self.steps_per_epoch, strict=False)), Fraction(0)
+        )
+        return before + Fraction(rest, self.steps_per_epoch[stage])
 
 
-def make_schedule(stages: Sequence[Stage], config: Optimization, steps_per_epoch: int) -> Schedule:
-    """The steps of each stage by its share.
+def make_schedule(stages: Sequence[Stage], config: Optimization, steps_per_epoch: Sequence[int]) -> Schedule:
+    """The steps of each stage by its share of the epochs, or of the steps where these are set.
+
+    Args:
+        steps_per_epoch: of each stage.
 
     Raises:
         UserError: a stage would have no step, or a warm-up fills one.
     """
-    total = config.steps if config.steps is not None else round(config.epochs * steps_per_epoch)
-    ends, share = [0], 0.0
-    for stage in stages:
-        share += stage.share
-        ends.append(round(share * total))
-    steps = tuple(end - start for start, end in pairwise(ends))
-    for stage, count in zip(stages, steps, strict=True):
-        if count < 1 and total > 0:
-            raise UserError(f"Stage {stage.name} has no step in a run of {total}: write more --optimization.epochs.")
-        if config.warmup_epochs * steps_per_epoch >= count > 0:
+    shares = [0.0, *accumulate(stage.share for stage in stages)]
+    steps = []
+    for (start, end), per_epoch in zip(pairwise(shares), steps_per_epoch, strict=True):
+        total = config.steps if config.steps is not None else round(config.epochs * per_epoch)
+        steps.append(round(end * total) - round(start * total))
+    for stage, count, per_epoch in zip(stages, steps, steps_per_epoch, strict=True):
+        if count < 1 and config.steps != 0:
+            raise UserError(
+                f"Stage {stage.name} has no step in a run of {sum(steps)}: write more --optimization.epochs."
+            )
+        if config.warmup_epochs * per_epoch >= count > 0:
             raise UserError(
                 f"A warm-up of {config.warmup_epochs:g} epochs fills all {count} steps of stage {stage.name}: write a "
                 "shorter --optimization.warmup-epochs."
             )
-    return Schedule(tuple(stages), steps, steps_per_epoch, config)
+    return Schedule(tuple(stages), tuple(steps), tuple(steps_per_epoch), config)

@@ -47,10 +47,12 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
             f"{_count(ranks.count, 'rank')} on {ranks.device.type}, {_count(torch.get_num_threads(), 'thread')} each",
             flush=True,
         )
-    micro_batches = ranks.micro_batches(experiment.batch.micro_batches)
+    ranks.micro_batches(experiment.batch.micro_batches)  # refuses more ranks than there are
     graphs = graphs_to_compile(experiment)
     feed = make_feed(experiment, ranks)
-    schedule = make_schedule(experiment.recipe.stages(), experiment.optimization, feed.steps_per_epoch)
+    stages = experiment.recipe.stages()
+    per_epoch = [feed.steps_of_epoch(stage.batch) for stage in stages]
+    schedule = make_schedule(stages, experiment.optimization, per_epoch)
     run, found, notes = _agreed(ranks, lambda: _found(experiment))
     restored = None if found is None else found.load()
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
@@ -81,7 +83,6 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
             interruption=interruption,
             saver=saver,
             watchdog=guard,
-            micro_batches=micro_batches,
             ema=_make_ema(experiment, net),
         )
         if graphs is not None:

@@ -186,7 +186,7 @@ def open_run(path: Path, ranks: Ranks, *, which: str = "newest", root: Path | No
     averaged = state["ema"] is not None
     load_weights(net, state["ema" if averaged else "net"], found.path)
     rows = state["ema_rows" if averaged else "rows"]
-    unflatten_(running_buffers(net), mean_over_ranks(rows, experiment.batch.micro_batches))
+    unflatten_(running_buffers(net), mean_over_ranks(rows, experiment.batching(state["stage"]).micro_batches))
     return Trained(experiment, RunFolder(path), found.step, net.eval(), feed, ranks)
 
 

@@ -69,8 +69,6 @@ class Trainer:
     interruption: Interruption
     saver: Saver
     watchdog: Watchdog
-    micro_batches: Sequence[int]
-    """Indices in the global batch of this rank's micro-batches."""
     ema: Any
     """timm's moving average of the network, or None."""
     state: State = field(default_factory=State)
@@ -111,9 +109,9 @@ class Trainer:
             self.backend.load_optimizer_state(restored["optimizer"])
         if restored is not None and self._validation_due:  # it was stopped in that validation
             self._after_step(stage, Beat())
-        steps = range(first, self.schedule.steps[stage])
+        steps, times = range(first, self.schedule.steps[stage]), self.schedule.stages[stage].batch
         with self.feed.training(
-            stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self.micro_batches
+            stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self._own(stage), times=times
         ) as batches:
             self._steps(stage, steps, batches)
         if self.schedule.total == 0:
@@ -123,8 +121,9 @@ class Trainer:
     def _rehearse(self, stage: int, first: int) -> None:
         """Collective. Refuses a recipe whose ranks run unlike layers, or run them in another order."""
         steps = range(first, min(first + _REHEARSED, self.schedule.steps[stage]))
+        times = self.schedule.stages[stage].batch
         with self.feed.training(
-            stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self.micro_batches
+            stage=stage, first_step=steps.start, last_step=steps.stop, micro_batches=self._own(stage), times=times
         ) as batches:
             for step in steps:
                 rehearse(
@@ -132,18 +131,22 @@ class Trainer:
                     self.net,
                     self.precision,
                     self.ranks,
-                    [next(batches) for _ in self.micro_batches],
+                    [next(batches) for _ in self._own(stage)],
                     self._draws(stage, step),
                     self.schedule.progress(stage, step),
                 )
 
+    def _own(self, stage: int) -> Sequence[int]:
+        """Indices in a stage's global batch of this rank's micro-batches."""
+        return self.ranks.micro_batches(self.experiment.batching(stage).micro_batches)
+
     def _draws(self, stage: int, step: int) -> list[Draw]:
-        return [Draw(self.experiment.seed, stage, step, index) for index in self.micro_batches]
+        return [Draw(self.experiment.seed, stage, step, index) for index in self._own(stage)]
 
     def _steps(self, stage: int, steps: range, batches: Iterator[Batch]) -> None:
         config = self.experiment
         self.running = RunningStatistics(self.net)
-        meter = Meter(self.schedule, self.ranks, config.batch)
+        meter = Meter(self.schedule, self.ranks, config.batching(stage))
         beats = Beats(self.ranks)
         for step in steps:
             lr = self.schedule.lr(stage, step)
@@ -167,6 +170,7 @@ class Trainer:
 
     def _step(self, stage: int, step: int, batches: Iterator[Batch], meter: Meter, lr: float) -> tuple[Losses, Update]:
         config, progress, draws = self.experiment, self.schedule.progress(stage, step), self._draws(stage, step)
+        total = config.batching(stage).micro_batches
         self.watchdog.alive()
         micro_batches: Any = meter.timed(batches, len(draws))
         verifying = self._verified < config.verify_gradients
@@ -183,7 +187,7 @@ class Trainer:
                 micro_batches,
                 draws,
                 progress,
-                config.batch.micro_batches,
+                total,
                 meter.reducing,
             )
         if verifying:
@@ -196,7 +200,7 @@ class Trainer:
                 micro_batches,
                 config.seed,
                 progress,
-                config.batch.micro_batches,
+                total,
             )
         done = self.backend.update(lr)
         if self.ema is not None:
@@ -267,7 +271,8 @@ class Trainer:
         return one
 
     def _mean(self, rows: Tensor) -> Tensor:
-        return mean_over_ranks(rows, self.experiment.batch.micro_batches)
+        stage, _ = self.schedule.locate(max(0, self.state.step - 1))  # of the last step that was done
+        return mean_over_ranks(rows, self.experiment.batching(stage).micro_batches)
 
     def _checkpoint(self, stage: int) -> dict[str, Any]:
         """Collective. All that the run needs to go on from here."""
@@ -286,13 +291,13 @@ class Trainer:
         }
 
     def _restore(self, restored: dict[str, Any]) -> None:
+        self.state = State(**restored["state"])
         self.net.load_state_dict(restored["net"])
         self._restore_rows(self.net, restored["rows"])
         if self.ema is not None:
             self.ema.module.load_state_dict(restored["ema"])
             self._restore_rows(self.ema.module, restored["ema_rows"])
         self.precision.load(restored["precision"])
-        self.state = State(**restored["state"])
         if restored["ranks"] == self.ranks.count and restored["threads"] != torch.get_num_threads():
             self.telemetry.warn(
                 f"this run had {restored['threads']} threads per rank and has {torch.get_num_threads()} now: it goes "

@@ -50,6 +50,8 @@ class BlockDrop(GatedRecipe):
     """Share of the run with the residual network frozen: 5,000 of 7,000 epochs."""
     joint_rate: float = 1.0
     """Factor on the learning rate in joint fine-tuning: 0.1 on ImageNet."""
+    curriculum_batch: int = 1
+    """Images of a step in the curriculum, as a multiple of the run's: 2,048 and then 256 on CIFAR in the paper."""
     open_rate: float | None = None
     """Share of blocks open at the start, in (0, 1); default: undecided."""
 
@@ -80,7 +82,7 @@ class BlockDrop(GatedRecipe):
 
     def stages(self) -> tuple[Stage, ...]:
         return (
-            Stage(name="curriculum", learns=("gates",), share=self.curriculum_share),
+            Stage(name="curriculum", learns=("gates",), share=self.curriculum_share, batch=self.curriculum_batch),
             Stage(name="joint", share=1.0 - self.curriculum_share, learning_rate=self.joint_rate),
         )
 
