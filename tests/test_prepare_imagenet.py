@@ -530,6 +530,18 @@ def test_a_validation_class_without_training_images_is_refused(image_folder, tmp
     assert f"{image_folder / 'val' / 'zebra'} is not among the training classes" in said
 
 
+def test_images_may_have_names_that_are_not_utf_8_and_classes_may_not(image_folder, tmp_path, capsys):
+    folder = image_folder / "train" / "dog"
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))
+    command = ["shards", "--root", image_folder, "--to", tmp_path / "shards"]
+    data(*command)
+    assert Counter(in_shards(tmp_path / "shards", "train")[0]) == Counter(files(image_folder / "train").values())
+    folder.rename(folder.with_name(os.fsdecode(b"d\xf6g")))
+    said = refusal(capsys, *command[:3], "--to", tmp_path / "other")
+    assert "The name b'd\\xf6g' of a class" in said
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_file_that_changed_since_it_was_listed_is_named(image_folder, tmp_path, monkeypatch):
     target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=100, seed=0))
     file = image_folder / "train" / "dog" / "3.png"

@@ -138,6 +138,19 @@ def test_split_lists_what_a_run_with_that_seed_holds_out(image_folder, tmp_path,
     assert "none would be left" in refusal(capsys, "split", "--root", image_folder, "--held-out", 24)
 
 
+def test_split_writes_names_that_are_not_utf_8_as_they_are(image_folder, tmp_path, capfdbinary):
+    folder = image_folder / "train" / "dog"
+    for path in list(folder.iterdir()):
+        path.rename(folder / os.fsdecode(b"\xe9" + os.fsencode(path.name)))
+    data("split", "--root", image_folder, "--held-out", 7)
+    said = capfdbinary.readouterr().out
+    names = [os.fsdecode(line) for line in said.splitlines()]
+    assert any(line.startswith(b"train/dog/\xe9") for line in said.splitlines())
+    assert all((image_folder / name).is_file() for name in names) and len(names) == 7
+    data("split", "--root", image_folder, "--held-out", 7, "--to", tmp_path / "list.txt")
+    assert (tmp_path / "list.txt").read_bytes() == said
+
+
 def test_split_follows_the_class_list_as_a_run_does(image_folder, tmp_path, capsys):
     names = tmp_path / "classes.txt"
     names.write_text("newt\ndog\ncat\n")

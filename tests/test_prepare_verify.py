@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,18 @@ def test_command_lists_findings_and_ends_with_status_2(image_folder, tmp_path, c
         k: v[1] for k, v in ODD.items()
     }
     cli.main(["data", "verify", str(image_folder), "--split", "train", "--workers", "1"])
+
+
+def test_names_that_are_not_utf_8_are_spelt_out(image_folder, tmp_path):
+    name = os.fsdecode(b"\xe9t\xe9.jpg")  # Latin-1
+    (image_folder / "train" / "dog" / name).write_bytes(b"no image")
+    report = tmp_path / "report.json"
+    code = "from pliant import cli; import sys; cli.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "data", "verify", str(image_folder), "--workers", "1", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"broken: {image_folder}/train/dog/\\xe9t\\xe9.jpg: " in done.stdout
+    assert json.loads(report.read_text())[0]["broken"][0]["file"] == str(image_folder / "train" / "dog" / name)
 
 
 def test_shards_are_verified_like_the_folder_they_were_made_from(image_folder, tmp_path, capsys):

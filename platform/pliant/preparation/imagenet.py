@@ -6,6 +6,7 @@ ILSVRC2012_img_train.tar holds a tar archive for each of 1,000 classes, named by
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -207,6 +208,7 @@ def _written(
     root, form, name = target.root, target.form, source.described["source"]
     _check_place(root, split, form)
     listing = load(folder / "listing.npz", source.key) or listed()
+    _check_text(listing.classes, str(name))
     classes = _classes(root)
     if classes and classes != listing.classes:
         raise UserError(f"{root / CLASS_LIST} names other classes than {name}: write another folder as --to.")
@@ -237,6 +239,13 @@ def _check_place(root: Path, split: SplitName, form: FormName) -> None:
             f"{found} is there already, and is not what this command writes from this source: move it away, or write "
             "another folder as --to."
         )
+
+
+def _check_text(classes: tuple[str, ...], source: str) -> None:
+    """The list of classes is text, in UTF-8, and so are their names; those of images may be any bytes."""
+    for name in classes:
+        if any("\ud800" <= character <= "\udfff" for character in name):  # what Python puts for other bytes
+            raise UserError(f"The name {os.fsencode(name)!r} of a class in {source} is not UTF-8: rename it.")
 
 
 def _classes(root: Path) -> tuple[str, ...]:
