@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Literal
 
 from pliant.data.index import class_folders
 from pliant.errors import UserError
-from pliant.preparation.examine import READY
+from pliant.preparation.examine import NO_MEMORY, READY
 from pliant.preparation.listing import Listing, of_folder, of_shards
 from pliant.preparation.progress import progress
 from pliant.preparation.staging import write_text
@@ -85,6 +87,9 @@ def verify(place: str, listing: Listing, workers: int) -> Report:
         place: where they lie, for the report.
         listing: the images.
         workers: processes that decode.
+
+    Raises:
+        UserError: this machine cannot decode them.
     """
     broken, odd = [], []
     with progress(f"Decoding {place}", len(listing)) as advance:
@@ -112,12 +117,16 @@ class _Decoder:
         self._greeted = False
 
     def examine(self, listing: Listing, position: int) -> _Found:
-        """What is found in one image."""
+        """What is found in one image.
+
+        Raises:
+            UserError: this machine is at fault, not the image.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         if not self._greeted:
             # Without this, a process that cannot start at all would have every image be broken.
             if self._process.stdout.readline().decode().strip() != READY:
-                raise RuntimeError(f"A process that decodes did not start: {' '.join(COMMAND)}")
+                raise UserError(f"A process that decodes did not start: run {shlex.join(COMMAND)} to see why.")
             self._greeted = True
         question = json.dumps([*listing.span(position), listing.name(position)])
         try:
@@ -128,6 +137,10 @@ class _Decoder:
             answer = b""
         if not answer:
             status = self._process.wait()
+            if status in (NO_MEMORY, -signal.SIGKILL):  # a machine that runs out of it kills
+                raise UserError(
+                    f"There was too little memory to decode {listing.name(position)}: write a smaller --workers."
+                )
             self.close()
             self._process, self._greeted = self._start(), False
             return f"its decoder ended with status {status}", []
