@@ -2,7 +2,8 @@
 
 A split is written below ROOT/.SPLIT.partial, which readers of ROOT pass over. When it is whole,
 ROOT/prepared-SPLIT.json says what it is, and then it is moved into place; so a split is finished if it is both recorded
-and in its place.
+and in its place. A folder is moved in one step, and no reader sees a part of it. Shards are moved one by one, the
+highest number first and 000000 last: whoever reads meanwhile, or after a stop at that moment, finds the first missing.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ def needed_bytes(listing: Listing, form: FormName) -> int:
 
 
 def publish(content: Path, root: Path, split: str, form: FormName) -> None:
-    """Move what is whole into its place. The shard number 0 comes last: with it, all are there."""
+    """Move what is whole into its place: a folder in one step, shards one by one from the highest number down. Where
+    the number 0 is there, all are."""
     if form == "folders":
         os.rename(content, root / split)
         return
