@@ -24,7 +24,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pliant import cli
+from pliant.data import open_dataset
 from pliant.errors import UserError
+from pliant.experiment import Data
 from pliant.preparation import imagenet, staging, truth, writers
 from pliant.preparation.imagenet import Target, prepare_train
 from pliant.preparation.listing import Listing
@@ -522,6 +524,31 @@ def test_an_image_folder_becomes_shards(image_folder, tmp_path, capsys):
     data("shards", "--root", image_folder, "--to", root, "--shard-images", 7)
     assert "val is complete already, 9 images" in capsys.readouterr().out
     assert "no folder train" in refusal(capsys, "shards", "--root", tmp_path, "--to", root)
+
+
+def test_shards_of_generated_images_are_marked_like_their_folder(image_folder, tmp_path):
+    command = ["shards", "--root", image_folder, "--to", tmp_path / "shards"]
+
+    def generated() -> bool:
+        return open_dataset(Data(source="shards", root=tmp_path / "shards"), seed=0).generated
+
+    data(*command)
+    assert not generated()
+    (image_folder / "sample.json").write_text('{"seed": 0}\n')
+    data(*command)  # made before there was a mark
+    assert generated()
+    shutil.rmtree(tmp_path / "shards")
+    data(*command)
+    assert generated()
+    assert (tmp_path / "shards" / "sample.json").read_bytes() == (image_folder / "sample.json").read_bytes()
+
+
+def test_what_was_generated_marks_nothing_where_it_is_refused(image_folder, tmp_path, capsys):
+    (image_folder / "sample.json").write_text("{}")
+    root = tmp_path / "mine"
+    (root / "train").mkdir(parents=True)
+    assert "is there already" in refusal(capsys, "shards", "--root", image_folder, "--to", root)
+    assert not (root / "sample.json").exists()
 
 
 def test_a_validation_class_without_training_images_is_refused(image_folder, tmp_path, capsys):

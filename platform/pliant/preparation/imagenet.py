@@ -26,6 +26,8 @@ from pliant.preparation.writers import FormName, Sharding
 SplitName = Literal["train", "val"]
 
 CLASS_LIST = "classes.txt"
+MARK = "sample.json"
+"""Its presence in a dataset's root tells `open_dataset` that the images were generated."""
 _CLASSES = 1000
 _IMAGES = {"train": 1_281_167, "val": 50_000}  # of ILSVRC2012
 
@@ -79,7 +81,8 @@ def prepare_folder(folder: Path, split: SplitName, target: Target) -> str:
         return relabelled(listing, _classes(target.root) or listing.classes, folder)
 
     path = str(folder.resolve())
-    return _prepare(split, _Source({"source": path}, path), target, listed)
+    mark = folder.parent / MARK
+    return _prepare(split, _Source({"source": path}, path, mark if mark.is_file() else None), target, listed)
 
 
 def list_train(archive: Path) -> Listing:
@@ -166,6 +169,8 @@ class _Source:
     """By what it is known again, wherever it lies then."""
     key: str
     """Changes where what was listed may no longer be so."""
+    mark: Path | None = None
+    """The file beside the images that says that they were generated; None where they were not."""
 
 
 def _source(archive: Path) -> _Source:
@@ -185,12 +190,14 @@ def _prepare(split: SplitName, source: _Source, target: Target, listed: Callable
     is_recorded = settings.items() <= entry.items()
     place = writers.place(root, split, form)
     if is_recorded and place.exists():
+        _copy_mark(source, root)
         discard(root, split)
         return f"{root}: {split} is complete already, {entry['images']:,} images"
     with staging(root, split, settings) as folder:
         # Recorded and still here: it was stopped while it was moved into place.
         if not (is_recorded and (folder / "content").is_dir()):
             entry = _written(split, source, target, folder, settings, listed)
+        _copy_mark(source, root)
         writers.publish(folder / "content", root, split, form)
         discard(root, split)
     return f"{root}: {split} is complete, {entry['images']:,} images of {entry['classes']:,} classes"
@@ -229,6 +236,12 @@ def _written(
     entry = {**settings, "images": len(listing), "classes": len(listing.classes), "bytes": size}
     record(root, split, entry)
     return entry
+
+
+def _copy_mark(source: _Source, root: Path) -> None:
+    """Images that were generated are so in shards too, and it is said wherever a result is shown."""
+    if source.mark is not None and not (root / MARK).exists():
+        write_text(root / MARK, source.mark.read_text(encoding="utf-8"))
 
 
 def _check_place(root: Path, split: SplitName, form: FormName) -> None:
