@@ -169,6 +169,43 @@ def test_split_of_images_in_memory_is_by_position(tmp_path, capsys):
     np.testing.assert_array_equal(everything.images[positions], held_out.images)
 
 
+def test_split_counts_extra_images_as_a_run_does(tmp_path, capsys):
+    root = write_svhn(tmp_path / "root", ("train", "test", "extra"))
+    data("split", "--source", "svhn", "--root", root, "--held-out", 4, "--extra")
+    positions = [int(line) for line in capsys.readouterr().out.splitlines()]
+    everything = open_dataset(Data(source="svhn", root=root, extra=True), seed=0).train
+    held_out = open_dataset(Data(source="svhn", root=root, extra=True, held_out=4), seed=0).held_out
+    np.testing.assert_array_equal(everything.images[positions], held_out.images)
+    data("split", "--source", "svhn", "--root", root, "--held-out", 4, "--extra", "--rest")
+    rest = [int(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(positions + rest) == list(range(len(everything)))
+    data("split", "--source", "svhn", "--root", root, "--held-out", 4)
+    assert [int(line) for line in capsys.readouterr().out.splitlines()] != positions
+
+
+def test_split_refuses_broken_images_where_a_run_does(image_folder, capsys):
+    where = ["split", "--root", image_folder, "--held-out", 7]
+
+    def listed(*more: object) -> list[str]:
+        data(*where, *more)
+        return capsys.readouterr().out.splitlines()
+
+    def damage(names: list[str]) -> None:
+        for name in names:
+            (image_folder / name).unlink()  # its folder tells the index to look again
+            (image_folder / name).write_bytes(b"no image")
+
+    held_out, rest = listed(), listed("--rest")
+    by_class = [[name for name in rest if f"/{label}/" in name] for label in ("cat", "dog", "newt")]
+    # 13 images are broken, but of neither split more than 10.
+    damage([*held_out[:4], *(name for names in by_class for name in names[:3])])
+    assert listed() == held_out
+    damage([names[3] for names in by_class])
+    assert "write a larger --data.broken-share" in refusal(capsys, *where)
+    assert listed("--broken-share", 0.9) == held_out
+    assert listed("--broken-share", 0.9, "--check", "header") == held_out
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
 def test_help_names_every_command(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

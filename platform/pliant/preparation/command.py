@@ -102,6 +102,12 @@ class AskSplit:
     """As --data.source."""
     class_list: Path | None = None
     """As --data.class-list."""
+    extra: bool = False
+    """As --data.extra."""
+    check: Literal["strict", "header"] = "strict"
+    """As --data.check."""
+    broken_share: float = 0.01
+    """As --data.broken-share."""
     rest: bool = False
     """List the images that the run learns from instead."""
     to: Path | None = None
@@ -179,7 +185,15 @@ def _shards(ask: AskShards) -> None:
 def _split(ask: AskSplit) -> None:
     if ask.held_out < 1:
         raise UserError(f"A split of {ask.held_out} images is none: write --held-out 1 or more.")
-    data = Data(source=ask.source, root=ask.root, held_out=ask.held_out, class_list=ask.class_list)
+    data = Data(
+        source=ask.source,
+        root=ask.root,
+        held_out=ask.held_out,
+        class_list=ask.class_list,
+        extra=ask.extra,
+        check=ask.check,
+        broken_share=ask.broken_share,
+    )
     held_out, learned = held_out_split.lists(data, ask.seed)
     lines = learned if ask.rest else held_out
     text = b"".join(os.fsencode(line) + b"\n" for line in lines)  # names as they are, UTF-8 or not: programs open them
