@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -446,11 +447,12 @@ def stopped_before_the_end(originals: SimpleNamespace, target: Target, monkeypat
     return target.root / ".train.partial" / "content"
 
 
-def test_a_file_that_a_power_failure_cut_short_is_written_again(originals, tmp_path, monkeypatch):
+@pytest.mark.parametrize("torn", ["image", "listing"])
+def test_a_file_that_a_power_failure_cut_short_is_written_again(originals, tmp_path, monkeypatch, torn):
     target = Target(root=tmp_path / "root", form="folders", sharding=Sharding(images=4, seed=0))
     content = stopped_before_the_end(originals, target, monkeypatch)
-    next(iter(content.rglob("*.JPEG"))).write_bytes(b"")
-    (content.parent / "listing.npz").write_bytes(b"")
+    image, listing = next(iter(content.rglob("*.JPEG"))), content.parent / "listing.npz"
+    (image if torn == "image" else listing).write_bytes(b"")
     prepare_train(originals.train, target)
     assert files(target.root / "train") == archives.train_images()
 
@@ -569,15 +571,64 @@ def test_images_may_have_names_that_are_not_utf_8_and_classes_may_not(image_fold
     assert not (tmp_path / "other").exists()
 
 
-def test_a_file_that_changed_since_it_was_listed_is_named(image_folder, tmp_path, monkeypatch):
-    target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=100, seed=0))
+@pytest.mark.parametrize("change", ["grows", "goes"])
+def test_a_file_that_changed_since_it_was_listed_is_named_and_the_same_command_begins_again(
+    image_folder, tmp_path, monkeypatch, change
+):
+    target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=2, seed=0))
     file = image_folder / "train" / "dog" / "3.png"
     real = writers.write_shards
 
     def late(*given):
-        file.write_bytes(file.read_bytes() + b"x")
+        if change == "grows":
+            file.write_bytes(file.read_bytes() + b"x")
+        else:
+            file.unlink()
         real(*given)
 
-    monkeypatch.setattr(writers, "write_shards", late)
-    with pytest.raises(UserError, match=f"{file} has another length"):
-        imagenet.prepare_folder(image_folder / "train", "train", target)
+    with monkeypatch.context() as patch:
+        patch.setattr(writers, "write_shards", late)
+        with pytest.raises(UserError, match=f"{file} (has another length|is gone).*: begin again"):
+            imagenet.prepare_folder(image_folder / "train", "train", target)
+    assert list((tmp_path / "root" / ".train.partial" / "content").glob("train-*.tar"))
+    # What shards of the old listing hold would not be noticed: as many images of as many bytes.
+    for path in (image_folder / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[::-1])
+    imagenet.prepare_folder(image_folder / "train", "train", target)
+    assert Counter(in_shards(tmp_path / "root", "train")[0]) == Counter(files(image_folder / "train").values())
+
+
+def test_a_folder_that_is_gone_for_a_while_does_not_cost_what_is_written(image_folder, tmp_path):
+    target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=2, seed=0))
+    away = image_folder.with_name("away")
+    reads = iter(range(9))
+    real = Span.read
+
+    def read(span):
+        if next(reads, None) is None and image_folder.exists():
+            image_folder.rename(away)
+        return real(span)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Span, "read", read)
+        with pytest.raises(UserError, match=r"cannot be read .*: mend that and go on"):
+            imagenet.prepare_folder(image_folder / "train", "train", target)
+    away.rename(image_folder)
+    written = sorted((tmp_path / "root" / ".train.partial" / "content").glob("train-*.tar"))
+    before = [path.stat().st_mtime_ns for path in written]
+    imagenet.prepare_folder(image_folder / "train", "train", target)
+    assert before
+    assert [(target.root / path.name).stat().st_mtime_ns for path in written] == before
+
+
+@pytest.mark.parametrize("form", ["folders", "shards"])
+def test_another_archive_of_the_same_size_is_not_mixed_with_the_first(originals, tmp_path, monkeypatch, form):
+    target = Target(root=tmp_path / "root", form=form, sharding=Sharding(images=4, seed=0))
+    stopped_before_the_end(originals, target, monkeypatch)
+    content = originals.train.read_bytes()
+    for image in archives.train_images().values():
+        content = content.replace(image, image[::-1])
+    originals.train.write_bytes(content)
+    prepare_train(originals.train, target)
+    prepare_train(originals.train, replace(target, root=tmp_path / "alone"))
+    assert without_record(target.root) == without_record(tmp_path / "alone")

@@ -7,6 +7,7 @@ ILSVRC2012_img_train.tar holds a tar archive for each of 1,000 classes, named by
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from pliant.errors import UserError
 from pliant.preparation import writers
 from pliant.preparation.listing import Entry, Listing, build, is_image, load, of_folder, save
 from pliant.preparation.progress import note, progress
+from pliant.preparation.span import Changed
 from pliant.preparation.staging import begin, check_space, discard, forget, record, recorded, staging, write_text
 from pliant.preparation.tars import members, nested_members
 from pliant.preparation.writers import FormName, Sharding
@@ -214,7 +216,7 @@ def _written(
     """Write the split to folder/content and record it. Returns the record."""
     root, form, name = target.root, target.form, source.described["source"]
     _check_place(root, split, form)
-    listing = load(folder / "listing.npz", source.key) or listed()
+    listing = load(folder / "listing.npz", source.key) or _listed_anew(folder, listed)
     _check_text(listing.classes, str(name))
     classes = _classes(root)
     if classes and classes != listing.classes:
@@ -223,11 +225,15 @@ def _written(
     forget(root, split)
     content = begin(folder, settings)
     save(listing, folder / "listing.npz", source.key)
-    with progress(f"Writing {split}", len(listing)) as advance:
-        if form == "folders":
-            writers.write_folders(listing, content, advance)
-        else:
-            writers.write_shards(listing, content, split, target.sharding, advance)
+    try:
+        with progress(f"Writing {split}", len(listing)) as advance:
+            if form == "folders":
+                writers.write_folders(listing, content, advance)
+            else:
+                writers.write_shards(listing, content, split, target.sharding, advance)
+    except Changed:
+        (folder / "listing.npz").unlink()
+        raise
     writers.verify(listing, content, form)
     if len(listing.classes) == _CLASSES and len(listing) != _IMAGES[split]:
         note(f"warning: ILSVRC2012 has {_IMAGES[split]:,} images in {split}, and {name} has {len(listing):,}.")
@@ -236,6 +242,14 @@ def _written(
     entry = {**settings, "images": len(listing), "classes": len(listing.classes), "bytes": size}
     record(root, split, entry)
     return entry
+
+
+def _listed_anew(folder: Path, listed: Callable[[], Listing]) -> Listing:
+    """The listing, and nothing left of what was written by another: images lay elsewhere in it, or were others."""
+    listing = listed()
+    if (folder / "content").is_dir():
+        shutil.rmtree(folder / "content")
+    return listing
 
 
 def _copy_mark(source: _Source, root: Path) -> None:
