@@ -88,6 +88,14 @@ def test_archives_that_are_damaged_hold_something_else_or_could_do_harm(cifar_ar
     assert not (tmp_path / "x").exists()
 
 
+def test_a_damaged_archive_does_not_stand_in_the_way_of_the_next(cifar_archive, tmp_path, capsys):
+    damaged = cifar_archive.with_name("damaged.tgz")
+    tar(damaged, {"cifar-10-batches-bin/data_batch_1.bin": bytes(3072)}, "w:gz")
+    assert "no whole number of images" in refusal(capsys, "cifar10", "--from", damaged, "--to", tmp_path / "root")
+    data("cifar10", "--from", cifar_archive, "--to", tmp_path / "root")
+    assert files(tmp_path / "root") == files(tmp_path / "made")
+
+
 def test_an_unpacking_that_was_stopped_begins_again(cifar_archive, tmp_path, monkeypatch):
     class Stop(BaseException):
         pass

@@ -51,8 +51,8 @@ def prepare_cifar(name: str, given: Path, root: Path) -> str:
         return f"{there}: complete already"
     archive = _archive(form, given)
     _check_md5(archive, [MD5[file] for file in _archives(form)])
-    with staging(root, name, {"source": archive.name}) as folder:
-        shutil.rmtree(folder / "content", ignore_errors=True)  # a few seconds' work, begun anew
+    with staging(root, name, {}) as folder:  # whichever archive was begun with: a few seconds' work, begun anew
+        shutil.rmtree(folder / "content", ignore_errors=True)
         unpacked = _unpack(archive, folder, form)
         opened(unpacked)
         os.sync()
@@ -141,7 +141,7 @@ def _unpack(archive: Path, folder: Path, form: Form) -> Path:
             for member in found:
                 check_member(member, str(archive))
             check_space(folder / "content", sum(member.size for member in found))
-            content = begin(folder, {"source": archive.name})
+            content = begin(folder, {})
             opened.extractall(content, filter="data")
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"The archive {archive} cannot be unpacked ({reason(error)}): fetch it again.") from None
