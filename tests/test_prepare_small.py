@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -68,7 +71,10 @@ def test_md5_is_the_usual_one(tmp_path):
 def test_archives_that_are_damaged_hold_something_else_or_could_do_harm(cifar_archive, tmp_path, capsys):
     command = ["cifar10", "--from", cifar_archive, "--to", tmp_path / "root"]
     whole = cifar_archive.read_bytes()
-    for content in (b"", b"text", whole[: len(whole) // 2]):
+    tar(cifar_archive, {"x": np.random.default_rng(0).bytes(9999).hex().encode()}, "w:gz")  # compressed, unlike noise
+    text = cifar_archive.read_bytes()
+    spoilt = text[:5000] + b"x" * 5000
+    for content in (b"", b"text", whole[: len(whole) // 2], spoilt):
         cifar_archive.write_bytes(content)
         assert "cannot be unpacked" in refusal(capsys, *command)
     tar(cifar_archive, {"x/readme": b""}, "w:gz")
@@ -94,6 +100,33 @@ def test_a_damaged_archive_does_not_stand_in_the_way_of_the_next(cifar_archive, 
     assert "no whole number of images" in refusal(capsys, "cifar10", "--from", damaged, "--to", tmp_path / "root")
     data("cifar10", "--from", cifar_archive, "--to", tmp_path / "root")
     assert files(tmp_path / "root") == files(tmp_path / "made")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_disk_that_takes_no_more_is_no_fault_of_the_archive(cifar_archive, tmp_path, capsys, monkeypatch, number):
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    command = ["cifar10", "--from", cifar_archive, "--to", tmp_path / "root"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "copyfileobj", full)
+        assert refusal(capsys, *command) == f"{os.strerror(number)}: mend that, and the same command goes on."
+    data(*command)
+    assert files(tmp_path / "root") == files(tmp_path / "made")
+
+
+def test_a_full_disk_is_no_fault_of_the_archive(cifar_archive, tmp_path):
+    code = (
+        "import resource, signal, sys\n"
+        "from pliant import cli\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"  # bytes of a file: the system says no more
+        "cli.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, "data", "cifar10", "--from", str(cifar_archive), "--to", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: File too large: mend that, and the same command goes on."
 
 
 def test_an_unpacking_that_was_stopped_begins_again(cifar_archive, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from pliant.data.sources.cifar import Form, find_folder
 from pliant.errors import UserError
 from pliant.preparation.progress import note, progress
 from pliant.preparation.staging import begin, check_space, discard, staging
-from pliant.preparation.tars import check_member, reason
+from pliant.preparation.tars import DAMAGES, check_member, reason
 
 FORMS: dict[str, tuple[Form, Callable[[Path], object]]] = {
     "cifar10": (cifar10.FORM, cifar10.open_cifar10),
@@ -132,7 +132,12 @@ def _archive(form: Form, given: Path) -> Path:
 
 
 def _unpack(archive: Path, folder: Path, form: Form) -> Path:
-    """The folder with the dataset's files, below folder/content."""
+    """The folder with the dataset's files, below folder/content.
+
+    Raises:
+        UserError: the archive is damaged or unsafe, holds another dataset, or there is no room.
+        OSError: it cannot be read, or nothing can be written: a disk that is full, a folder of others.
+    """
     if not hasattr(tarfile, "data_filter"):
         raise UserError("This Python cannot unpack archives safely: use 3.11.4 or newer, or unpack it with tar.")
     try:
@@ -143,7 +148,9 @@ def _unpack(archive: Path, folder: Path, form: Form) -> Path:
             check_space(folder / "content", sum(member.size for member in found))
             content = begin(folder, {})
             opened.extractall(content, filter="data")
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, *DAMAGES) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, and no fault of the archive
+            raise
         raise UserError(f"The archive {archive} cannot be unpacked ({reason(error)}): fetch it again.") from None
     unpacked = find_folder(form, content)
     if unpacked is None:
