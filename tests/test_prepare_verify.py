@@ -213,6 +213,17 @@ def test_a_folder_of_classes_and_a_folder_of_tars_are_verified_without_splits(im
     assert "--workers 1" in refusal(capsys, "verify", image_folder, "--workers", 0)
 
 
+def test_of_two_layouts_of_shards_those_are_verified_that_a_run_reads(tmp_path, own_cache):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for path, kinds in ((tmp_path / split / "0.tar", "abc"), (tmp_path / f"{split}-0.tar", "ab")):
+            archives.tar(path, {f"{kind}/{split}.jpg": encoded("JPEG") for kind in kinds})
+    dataset = open_dataset(Data(source="shards", root=tmp_path), 0)
+    train, val = verify.listings(tmp_path, "all").values()
+    assert [train.span(k).path for k in range(len(train))] == [str(tmp_path / "train" / "0.tar")] * len(dataset.train)
+    assert [val.span(k).path for k in range(len(val))] == [str(tmp_path / "val" / "0.tar")] * len(dataset.val)
+
+
 def test_any_number_of_workers_finds_the_same_in_the_same_order(image_folder, monkeypatch):
     fill(image_folder)
     monkeypatch.setattr(verify, "_CHUNK", 3)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from pliant.data.index import class_folders
+from pliant.data.sources.shards import find_shards
 from pliant.errors import UserError
 from pliant.preparation.examine import NO_MEMORY, READY
 from pliant.preparation.listing import Listing, of_folder, of_shards
@@ -55,8 +56,8 @@ class Report:
 
 
 def listings(root: Path, split: SplitName) -> dict[str, Listing]:
-    """What there is to verify, by where it lies: root/SPLIT/CLASS/FILE, root/SPLIT-*.tar or root/SPLIT/*.tar; with
-    `all` and neither train nor val in root, root/CLASS/FILE or root/*.tar.
+    """What there is to verify, by where it lies: root/SPLIT/*.tar, root/SPLIT-*.tar or root/SPLIT/CLASS/FILE, the
+    first that there is, as a run chooses; with `all` and neither train nor val in root, root/CLASS/FILE or root/*.tar.
 
     Raises:
         UserError: there is nothing.
@@ -65,8 +66,8 @@ def listings(root: Path, split: SplitName) -> dict[str, Listing]:
         raise UserError(f"{root} is no folder: write the root of a dataset.")
     found: dict[str, Listing] = {}
     for name in ("train", "val") if split == "all" else (split,):
-        shards = sorted(root.glob(f"{name}-*.tar")) or sorted((root / name).glob("*.tar"))
-        if shards:
+        if where := find_shards(root, name):
+            shards = sorted(where[0].glob(where[1]))
             found[f"{name}, {len(shards)} shards"] = of_shards(shards)
         elif (root / name).is_dir():
             found[str(root / name)] = of_folder(root / name)
