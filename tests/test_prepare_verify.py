@@ -320,6 +320,15 @@ def test_decoders_and_the_index_import_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_there_are_as_many_decoders_as_this_process_may_use_cores():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from pliant.preparation.command import AskVerify; print(AskVerify(root='x').workers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "1\n"
+
+
 def test_a_damaged_shard_is_named(tmp_path, capsys):
     path = archives.tar(tmp_path / "train-000000.tar", {"a.jpg": encoded("JPEG"), "a.cls": b"0"})
     with tarfile.open(path) as shard:

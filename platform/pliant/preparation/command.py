@@ -31,6 +31,8 @@ _COMMANDS = {
     "verify": "decode every image of a dataset; list what is broken or unusual",
 }
 
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class AskImagenet:
@@ -122,8 +124,8 @@ class AskVerify:
     """Image folder, or folder of shards."""
     split: verification.SplitName = "all"
     """Which images."""
-    workers: int = os.cpu_count() or 1
-    """Processes that decode."""
+    workers: int = _CORES
+    """Processes that decode; default: the cores that this one may use."""
     json: Path | None = None
     """File to write the findings to, for programs."""
 
