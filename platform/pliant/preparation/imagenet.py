@@ -159,7 +159,8 @@ def relabelled(listing: Listing, classes: tuple[str, ...], folder: Path) -> List
     strangers = sorted(set(listing.classes) - set(classes))
     if strangers:
         raise UserError(f"The class folder {folder / strangers[0]} is not among the training classes: remove it.")
-    labels = np.array([classes.index(name) for name in listing.classes], np.int32)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[name] for name in listing.classes], np.int32)
     return replace(listing, classes=classes, labels=labels[listing.labels])
 
 
