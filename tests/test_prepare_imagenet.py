@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -551,6 +552,46 @@ def test_what_was_generated_marks_nothing_where_it_is_refused(image_folder, tmp_
     (root / "train").mkdir(parents=True)
     assert "is there already" in refusal(capsys, "shards", "--root", image_folder, "--to", root)
     assert not (root / "sample.json").exists()
+
+
+def test_images_are_read_ahead_but_written_in_order_and_few_wait_in_memory(image_folder, tmp_path, monkeypatch):
+    def shards(name: str) -> dict[str, bytes]:
+        target = Target(root=tmp_path / name, form="shards", sharding=Sharding(images=24, seed=0))
+        imagenet.prepare_folder(image_folder / "train", "train", target)
+        return {path.name: path.read_bytes() for path in target.root.glob("*.tar")}
+
+    monkeypatch.setattr(writers, "_AHEAD", 1)
+    expected = shards("one by one")
+    monkeypatch.undo()
+    monkeypatch.setattr(writers, "_AHEAD", 6)
+    real, add, rng = Span.read, writers._add, random.Random(0)
+    reading: set[int] = set()
+    read = written = most_at_once = most_waiting = 0
+    lock = threading.Lock()
+
+    def slow(span: Span) -> bytes:
+        nonlocal read, most_at_once, most_waiting
+        with lock:
+            read += 1
+            reading.add(threading.get_ident())
+            most_at_once, most_waiting = max(most_at_once, len(reading)), max(most_waiting, read - written)
+            pause = rng.uniform(0.0, 0.03)
+        time.sleep(pause)
+        with lock:
+            reading.remove(threading.get_ident())
+        return real(span)
+
+    def counted(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+        nonlocal written
+        add(shard, name, content)
+        with lock:
+            written += not name.endswith(".cls")
+
+    monkeypatch.setattr(Span, "read", slow)
+    monkeypatch.setattr(writers, "_add", counted)
+    assert shards("ahead") == expected
+    assert read == written == 24
+    assert 1 < most_at_once <= most_waiting <= 6
 
 
 def test_a_validation_class_without_training_images_is_refused(image_folder, tmp_path, capsys):

@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -27,6 +29,8 @@ from pliant.randomness import philox
 
 FormName = Literal["folders", "shards"]
 
+_READERS = 8  # threads that wait for storage
+_AHEAD = 4 * _READERS  # images at most in memory
 _PAGE = 4096  # bytes, what a file system hands out at least
 _TAR_OVERHEAD = 3 * 512 + 512  # bytes an image costs at most besides its own: two headers, its class, padding
 
@@ -157,14 +161,30 @@ def _write_shard(listing: Listing, keys: list[str], positions: NDArray[np.int64]
     beside = target.with_name(f"{target.name}.part")
     with open(beside, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
-            for position in map(int, positions):
+            for position, image in zip(positions.tolist(), _read_ahead(listing, positions), strict=True):
                 suffix = PurePosixPath(listing.name(position)).suffix.lower()
                 suffix = ".jpg" if suffix == ".jpeg" else suffix
-                _add(shard, keys[position] + suffix, listing.span(position).read())
+                _add(shard, keys[position] + suffix, image)
                 _add(shard, keys[position] + ".cls", str(int(listing.labels[position])).encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, target)
+
+
+def _read_ahead(listing: Listing, positions: NDArray[np.int64]) -> Iterator[bytes]:
+    """The images' bytes in the order of `positions`. They lie at random places, for each of which a disk is waited for:
+    a few are asked for at once, and no more than that wait in memory."""
+    with ThreadPoolExecutor(_READERS, "pliant-read") as readers:
+        asked: deque[Future[bytes]] = deque()
+        try:
+            for position in positions.tolist():
+                asked.append(readers.submit(listing.span(position).read))
+                if len(asked) == _AHEAD:
+                    yield asked.popleft().result()
+            while asked:
+                yield asked.popleft().result()
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)  # where it is stopped, none is read for nothing
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
