@@ -195,7 +195,8 @@ def killed_at_work(arguments: list[object], root: Path, rng: random.Random) -> i
 
     def written() -> set[str]:
         with contextlib.suppress(FileNotFoundError):  # it is renaming
-            return {str(path) for path in (root / ".train.partial" / "content").rglob("*") if path.suffix != ".part"}
+            found = map(str, (root / ".train.partial" / "content").rglob("*"))
+            return {path for path in found if not path.endswith((".part", ".partial.tar"))}
         return set()
 
     for kills in range(3):

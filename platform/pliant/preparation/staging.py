@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pliant.aside import written_aside
 from pliant.errors import UserError
 
 _DISK_BLOCK = 512  # bytes, the unit of st_blocks whatever the file system's own is
@@ -108,13 +109,9 @@ def _record(root: Path, name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside, flushed to storage, renamed."""
-    beside = path.with_name(f"{path.name}.part")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Whole or not at all, a power failure included."""
+    with written_aside(path, flush=True) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pliant.aside import written_aside
 from pliant.errors import UserError
 from pliant.preparation.listing import Listing, is_image
 from pliant.preparation.tars import members
@@ -158,17 +159,12 @@ def _key(name: str) -> str:
 
 
 def _write_shard(listing: Listing, keys: list[str], positions: NDArray[np.int64], target: Path) -> None:
-    beside = target.with_name(f"{target.name}.part")
-    with open(beside, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
-            for position, image in zip(positions.tolist(), _read_ahead(listing, positions), strict=True):
-                suffix = PurePosixPath(listing.name(position)).suffix.lower()
-                suffix = ".jpg" if suffix == ".jpeg" else suffix
-                _add(shard, keys[position] + suffix, image)
-                _add(shard, keys[position] + ".cls", str(int(listing.labels[position])).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, target)
+    with written_aside(target, flush=True) as beside, tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as shard:
+        for position, image in zip(positions.tolist(), _read_ahead(listing, positions), strict=True):
+            suffix = PurePosixPath(listing.name(position)).suffix.lower()
+            suffix = ".jpg" if suffix == ".jpeg" else suffix
+            _add(shard, keys[position] + suffix, image)
+            _add(shard, keys[position] + ".cls", str(int(listing.labels[position])).encode())
 
 
 def _read_ahead(listing: Listing, positions: NDArray[np.int64]) -> Iterator[bytes]:
@@ -194,7 +190,7 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _replace(target: Path, content: bytes) -> None:
-    beside = target.with_name(f".{target.name}.part")
+    beside = target.with_name(f".{target.name}.part")  # a name that no image has
     beside.write_bytes(content)
     os.replace(beside, target)
 
