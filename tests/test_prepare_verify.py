@@ -250,6 +250,27 @@ def test_a_decoder_that_dies_takes_one_image_with_it(image_folder, tmp_path, mon
     assert "ended with status -11" in report.broken[0].reason
 
 
+def test_storage_that_stumbles_breaks_no_image(image_folder, tmp_path, monkeypatch):
+    script = tmp_path / "stumbles.py"
+    script.write_text(
+        "import errno, sys\n"
+        "from pliant.data.index import split\n"
+        "from pliant.preparation import examine\n"
+        "real, met = split._read, set()\n"
+        "def stumbling(path, *where):\n"
+        "    if path.endswith('2.png') and path not in met:\n"
+        "        met.add(path)\n"
+        "        open(sys.argv[1], 'a').write(path + '\\n')\n"
+        "        raise OSError(errno.ESTALE, 'Stale file handle')\n"
+        "    return real(path, *where)\n"
+        "split._read = stumbling\n"
+        "examine.main()\n"
+    )
+    monkeypatch.setattr(verify, "COMMAND", [sys.executable, str(script), str(tmp_path / "met")])
+    assert verify.verify("x", of_folder(image_folder / "train"), 1).broken == ()
+    assert len((tmp_path / "met").read_text().splitlines()) == 3
+
+
 def test_a_decoder_that_cannot_start_is_no_fault_of_the_images(image_folder, monkeypatch):
     monkeypatch.setattr(verify, "COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(UserError, match=r"did not start: run .*raise SystemExit"):

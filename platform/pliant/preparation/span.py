@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from pliant.data.index.split import read
 from pliant.errors import UserError
 
 
@@ -24,16 +25,14 @@ class Span(NamedTuple):
     """The file holds nothing else."""
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Its bytes. Storage that stumbles is asked again, as in a run.
 
         Raises:
             Changed: the file has another length than when it was listed, or is gone from its folder.
             UserError: it cannot be read.
         """
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                content = file.read(self.size + self.whole)
+            content = read(self.path, self.offset, self.size + self.whole)  # a byte more tells whether it has grown
         except OSError as error:
             # Where the folder is gone too, a disk may be: what was listed there is not given up.
             if self.whole and isinstance(error, FileNotFoundError) and os.path.isdir(os.path.dirname(self.path)):
