@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tyro
 
 from pliant import record
 from pliant.augmentation import Augmentation
@@ -272,3 +274,24 @@ def test_contradiction_is_refused_in_a_sentence(make, said):
     assert said in text
     assert text.endswith(".")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("set_in_file", "asked"),
+    [
+        (dict(augment="randaugment", augment_ops=3), ["--data.augment", "none"]),
+        (dict(augment="randaugment", augment_magnitude=12), ["--data.augment", "autoaugment"]),
+        (dict(augment="randaugment", augment_fill=(124, 116, 104)), ["--data.augment", "none"]),
+        (dict(augment="autoaugment", augment_policy="svhn"), ["--data.augment", "randaugment"]),
+        (dict(erasing=0.25, erasing_mode="pixel"), ["--data.erasing", "0"]),
+        (dict(mixup=0.2, mix_probability=0.5), ["--data.mixup", "0"]),
+        (dict(mixup=0.2, cutmix=1.0, switch_probability=0.7), ["--data.cutmix", "0"]),
+    ],
+)
+def test_what_the_recipe_file_sets_is_taken_back_by_what_the_refusal_says_to_write(set_in_file, asked):
+    default = Experiment(name="a", recipe=UNUSUAL.recipe, data=Data(**set_in_file))
+    with pytest.raises(UserError) as caught:
+        tyro.cli(Experiment, default=default, args=asked)
+    said = re.search(r"where the recipe file sets it, write (--data[^)]*)\)", str(caught.value))
+    assert said is not None
+    assert tyro.cli(Experiment, default=default, args=[*asked, *said[1].split()]).data != default.data

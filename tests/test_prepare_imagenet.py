@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pliant import cli
+from pliant.data import open_dataset
 from pliant.errors import UserError
+from pliant.experiment import Data
 from pliant.preparation import imagenet, staging, truth, writers
 from pliant.preparation.imagenet import Target, prepare_train
 from pliant.preparation.listing import Listing
@@ -191,7 +195,8 @@ def killed_at_work(arguments: list[object], root: Path, rng: random.Random) -> i
 
     def written() -> set[str]:
         with contextlib.suppress(FileNotFoundError):  # it is renaming
-            return {str(path) for path in (root / ".train.partial" / "content").rglob("*") if path.suffix != ".part"}
+            found = map(str, (root / ".train.partial" / "content").rglob("*"))
+            return {path for path in found if not path.endswith((".part", ".partial.tar"))}
         return set()
 
     for kills in range(3):
@@ -253,9 +258,9 @@ def test_a_stop_at_any_call_of_the_file_system_leaves_work_that_goes_on(tmp_path
                 break
             except Stop:
                 stops += 1
-                # A reader finds all shards where it finds the first.
-                shards = {path.name for path in (tmp_path / "root").glob("*.tar")}
-                assert not shards or "train-000000.tar" not in shards or len(shards) == 3
+                # Of shards that are moved one by one the first is the last to come.
+                shards = sorted(path.name for path in (tmp_path / "root").glob("*.tar"))
+                assert shards == [f"train-{number:06d}.tar" for number in range(3 - len(shards), 3)]
         prepare_train(originals.train, target)
         assert files(tmp_path / "root") == expected
     assert (stops > 0) == (call > 0) and call < 39
@@ -444,11 +449,12 @@ def stopped_before_the_end(originals: SimpleNamespace, target: Target, monkeypat
     return target.root / ".train.partial" / "content"
 
 
-def test_a_file_that_a_power_failure_cut_short_is_written_again(originals, tmp_path, monkeypatch):
+@pytest.mark.parametrize("torn", ["image", "listing"])
+def test_a_file_that_a_power_failure_cut_short_is_written_again(originals, tmp_path, monkeypatch, torn):
     target = Target(root=tmp_path / "root", form="folders", sharding=Sharding(images=4, seed=0))
     content = stopped_before_the_end(originals, target, monkeypatch)
-    next(iter(content.rglob("*.JPEG"))).write_bytes(b"")
-    (content.parent / "listing.npz").write_bytes(b"")
+    image, listing = next(iter(content.rglob("*.JPEG"))), content.parent / "listing.npz"
+    (image if torn == "image" else listing).write_bytes(b"")
     prepare_train(originals.train, target)
     assert files(target.root / "train") == archives.train_images()
 
@@ -524,21 +530,147 @@ def test_an_image_folder_becomes_shards(image_folder, tmp_path, capsys):
     assert "no folder train" in refusal(capsys, "shards", "--root", tmp_path, "--to", root)
 
 
+def test_shards_of_generated_images_are_marked_like_their_folder(image_folder, tmp_path):
+    command = ["shards", "--root", image_folder, "--to", tmp_path / "shards"]
+
+    def generated() -> bool:
+        return open_dataset(Data(source="shards", root=tmp_path / "shards"), seed=0).generated
+
+    data(*command)
+    assert not generated()
+    (image_folder / "sample.json").write_text('{"seed": 0}\n')
+    data(*command)  # made before there was a mark
+    assert generated()
+    shutil.rmtree(tmp_path / "shards")
+    data(*command)
+    assert generated()
+    assert (tmp_path / "shards" / "sample.json").read_bytes() == (image_folder / "sample.json").read_bytes()
+
+
+def test_what_was_generated_marks_nothing_where_it_is_refused(image_folder, tmp_path, capsys):
+    (image_folder / "sample.json").write_text("{}")
+    root = tmp_path / "mine"
+    (root / "train").mkdir(parents=True)
+    assert "is there already" in refusal(capsys, "shards", "--root", image_folder, "--to", root)
+    assert not (root / "sample.json").exists()
+
+
+def test_images_are_read_ahead_but_written_in_order_and_few_wait_in_memory(image_folder, tmp_path, monkeypatch):
+    def shards(name: str) -> dict[str, bytes]:
+        target = Target(root=tmp_path / name, form="shards", sharding=Sharding(images=24, seed=0))
+        imagenet.prepare_folder(image_folder / "train", "train", target)
+        return {path.name: path.read_bytes() for path in target.root.glob("*.tar")}
+
+    monkeypatch.setattr(writers, "_AHEAD", 1)
+    expected = shards("one by one")
+    monkeypatch.undo()
+    monkeypatch.setattr(writers, "_AHEAD", 6)
+    real, add, rng = Span.read, writers._add, random.Random(0)
+    reading: set[int] = set()
+    read = written = most_at_once = most_waiting = 0
+    lock = threading.Lock()
+
+    def slow(span: Span) -> bytes:
+        nonlocal read, most_at_once, most_waiting
+        with lock:
+            read += 1
+            reading.add(threading.get_ident())
+            most_at_once, most_waiting = max(most_at_once, len(reading)), max(most_waiting, read - written)
+            pause = rng.uniform(0.0, 0.03)
+        time.sleep(pause)
+        with lock:
+            reading.remove(threading.get_ident())
+        return real(span)
+
+    def counted(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+        nonlocal written
+        add(shard, name, content)
+        with lock:
+            written += not name.endswith(".cls")
+
+    monkeypatch.setattr(Span, "read", slow)
+    monkeypatch.setattr(writers, "_add", counted)
+    assert shards("ahead") == expected
+    assert read == written == 24
+    assert 1 < most_at_once <= most_waiting <= 6
+
+
 def test_a_validation_class_without_training_images_is_refused(image_folder, tmp_path, capsys):
     (image_folder / "val" / "newt").rename(image_folder / "val" / "zebra")
     said = refusal(capsys, "shards", "--root", image_folder, "--to", tmp_path / "shards")
     assert f"{image_folder / 'val' / 'zebra'} is not among the training classes" in said
 
 
-def test_a_file_that_changed_since_it_was_listed_is_named(image_folder, tmp_path, monkeypatch):
-    target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=100, seed=0))
+def test_images_may_have_names_that_are_not_utf_8_and_classes_may_not(image_folder, tmp_path, capsys):
+    folder = image_folder / "train" / "dog"
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))
+    command = ["shards", "--root", image_folder, "--to", tmp_path / "shards"]
+    data(*command)
+    assert Counter(in_shards(tmp_path / "shards", "train")[0]) == Counter(files(image_folder / "train").values())
+    folder.rename(folder.with_name(os.fsdecode(b"d\xf6g")))
+    said = refusal(capsys, *command[:3], "--to", tmp_path / "other")
+    assert "The name b'd\\xf6g' of a class" in said
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("change", ["grows", "goes"])
+def test_a_file_that_changed_since_it_was_listed_is_named_and_the_same_command_begins_again(
+    image_folder, tmp_path, monkeypatch, change
+):
+    target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=2, seed=0))
     file = image_folder / "train" / "dog" / "3.png"
     real = writers.write_shards
 
     def late(*given):
-        file.write_bytes(file.read_bytes() + b"x")
+        if change == "grows":
+            file.write_bytes(file.read_bytes() + b"x")
+        else:
+            file.unlink()
         real(*given)
 
-    monkeypatch.setattr(writers, "write_shards", late)
-    with pytest.raises(UserError, match=f"{file} has another length"):
-        imagenet.prepare_folder(image_folder / "train", "train", target)
+    with monkeypatch.context() as patch:
+        patch.setattr(writers, "write_shards", late)
+        with pytest.raises(UserError, match=f"{file} (has another length|is gone).*: begin again"):
+            imagenet.prepare_folder(image_folder / "train", "train", target)
+    assert list((tmp_path / "root" / ".train.partial" / "content").glob("train-*.tar"))
+    # What shards of the old listing hold would not be noticed: as many images of as many bytes.
+    for path in (image_folder / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[::-1])
+    imagenet.prepare_folder(image_folder / "train", "train", target)
+    assert Counter(in_shards(tmp_path / "root", "train")[0]) == Counter(files(image_folder / "train").values())
+
+
+def test_a_folder_that_is_gone_for_a_while_does_not_cost_what_is_written(image_folder, tmp_path):
+    target = Target(root=tmp_path / "root", form="shards", sharding=Sharding(images=2, seed=0))
+    away = image_folder.with_name("away")
+    reads = iter(range(9))
+    real = Span.read
+
+    def read(span):
+        if next(reads, None) is None and image_folder.exists():
+            image_folder.rename(away)
+        return real(span)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Span, "read", read)
+        with pytest.raises(UserError, match=r"cannot be read .*: mend that and go on"):
+            imagenet.prepare_folder(image_folder / "train", "train", target)
+    away.rename(image_folder)
+    written = sorted((tmp_path / "root" / ".train.partial" / "content").glob("train-*.tar"))
+    before = [path.stat().st_mtime_ns for path in written]
+    imagenet.prepare_folder(image_folder / "train", "train", target)
+    assert before
+    assert [(target.root / path.name).stat().st_mtime_ns for path in written] == before
+
+
+@pytest.mark.parametrize("form", ["folders", "shards"])
+def test_another_archive_of_the_same_size_is_not_mixed_with_the_first(originals, tmp_path, monkeypatch, form):
+    target = Target(root=tmp_path / "root", form=form, sharding=Sharding(images=4, seed=0))
+    stopped_before_the_end(originals, target, monkeypatch)
+    content = originals.train.read_bytes()
+    for image in archives.train_images().values():
+        content = content.replace(image, image[::-1])
+    originals.train.write_bytes(content)
+    prepare_train(originals.train, target)
+    prepare_train(originals.train, replace(target, root=tmp_path / "alone"))
+    assert without_record(target.root) == without_record(tmp_path / "alone")

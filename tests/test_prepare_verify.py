@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,10 @@ import pytest
 from PIL import Image
 
 from pliant import cli
+from pliant.data import decoding, open_dataset
+from pliant.data.decoding import check, decoded, size_of
+from pliant.errors import UserError
+from pliant.experiment import Data
 from pliant.preparation import verify
 from pliant.preparation.examine import examine
 from pliant.preparation.listing import of_folder
@@ -53,7 +59,12 @@ ODD = {
 }
 BROKEN = {
     "empty.jpg": (b"", "it is empty"),
-    "text.jpg": (b"no image", "its format is unknown"),
+    "text.jpg": (b"no image", "its format is none of jpeg, png"),
+    "gif_named.JPEG": (encoded("GIF"), "its format is none of"),
+    "int.tif": (encoded("TIFF", Image.new("I", (9, 9), 70000)), "mode i in tiff"),
+    "float.tif": (encoded("TIFF", Image.new("F", (9, 9), 0.5)), "mode f in tiff"),
+    "transparent.tif": (encoded("TIFF", Image.new("LA", (9, 9))), "mode la in tiff"),
+    "deep.pgm": (b"P5 9 9 65535\n" + bytes(162), "mode i in ppm"),
     "cut.jpg": (encoded("JPEG")[:-400], "truncated"),
     "cut.png": (encoded("PNG")[:-400], "truncated"),
     "flipped.png": (encoded("PNG")[:900] + b"\0\0" + encoded("PNG")[902:], ""),
@@ -95,6 +106,23 @@ def test_a_truncated_file_is_found_wherever_it_ends(keep):
         assert reason is not None, form
 
 
+def test_a_run_and_this_command_have_one_judge(tmp_path, own_cache):
+    folder = tmp_path / "root" / "a"
+    folder.mkdir(parents=True)
+    (tmp_path / "root" / "b").mkdir()
+    (tmp_path / "root" / "b" / "0.png").write_bytes(encoded("PNG"))
+    for kind in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "TGA", "ICO"):
+        for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"):
+            with suppress(OSError, KeyError, ValueError):  # no such file can be written
+                (folder / f"{kind}_{mode}.png").write_bytes(encoded(kind, Image.new(mode, (16, 16))))
+    for name, (content, _) in {**ODD, **BROKEN}.items():
+        (folder / f"{name}.png").write_bytes(content)
+    index = open_dataset(Data(root=tmp_path / "root", broken_share=1.0), 0).train
+    broken = [verify.Finding(index.path(k), index.reason(k)) for k in index.broken]
+    assert list(verify.verify("x", of_folder(tmp_path / "root"), 2).broken) == broken
+    assert len(BROKEN) + 5 < len(broken) < len(index) - len(ODD) - 20
+
+
 def test_photographs_are_told_apart_as_their_list_says(shared_data):
     with open(shared_data / "photos_odd" / "odd.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -124,13 +152,16 @@ def test_command_lists_findings_and_ends_with_status_2(image_folder, tmp_path, c
         cli.main(["data", "verify", str(image_folder), "--workers", "2", "--json", str(report)])
     assert caught.value.code == 2
     said = capsys.readouterr()
-    assert f"error: 8 of 48 images in {image_folder} are broken" in said.err
+    assert f"error: {len(BROKEN)} of {len(ODD) + len(BROKEN) + 33} images in {image_folder} are broken" in said.err
     folder = image_folder / "val" / "dog"
     for kind, cases in (("broken", BROKEN), ("odd", ODD)):
         lines = [line for line in said.out.splitlines() if line.startswith(f"{kind}: ")]
         assert len(lines) == len(cases)
         assert all(any(line.startswith(f"{kind}: {folder / name}: ") for line in lines) for name in cases)
-    assert said.out.splitlines()[-1] == f"{image_folder / 'val'}: 24 images, 8 broken, 7 unusual"
+    assert (
+        said.out.splitlines()[-1]
+        == f"{image_folder / 'val'}: {len(ODD) + len(BROKEN) + 9} images, {len(BROKEN)} broken, {len(ODD)} unusual"
+    )
     train, val = json.loads(report.read_text())
     assert (train["images"], train["broken"], train["odd"]) == (24, [], [])
     assert {Path(finding["file"]).name for finding in val["broken"]} == BROKEN.keys()
@@ -140,12 +171,24 @@ def test_command_lists_findings_and_ends_with_status_2(image_folder, tmp_path, c
     cli.main(["data", "verify", str(image_folder), "--split", "train", "--workers", "1"])
 
 
+def test_names_that_are_not_utf_8_are_spelt_out(image_folder, tmp_path):
+    name = os.fsdecode(b"\xe9t\xe9.jpg")  # Latin-1
+    (image_folder / "train" / "dog" / name).write_bytes(b"no image")
+    report = tmp_path / "report.json"
+    code = "from pliant import cli; import sys; cli.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "data", "verify", str(image_folder), "--workers", "1", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"broken: {image_folder}/train/dog/\\xe9t\\xe9.jpg: " in done.stdout
+    assert json.loads(report.read_text())[0]["broken"][0]["file"] == str(image_folder / "train" / "dog" / name)
+
+
 def test_shards_are_verified_like_the_folder_they_were_made_from(image_folder, tmp_path, capsys):
     fill(image_folder)
     shards = tmp_path / "shards"
     cli.main(["data", "shards", "--root", str(image_folder), "--to", str(shards), "--shard-images", "10"])
     said = refusal(capsys, "verify", shards, "--workers", 2)
-    assert "8 of 48 images" in said
+    assert f"{len(BROKEN)} of {len(ODD) + len(BROKEN) + 33} images" in said
     with pytest.raises(SystemExit):
         cli.main(["data", "verify", str(shards), "--split", "val", "--workers", "2"])
     lines = capsys.readouterr().out.splitlines()
@@ -168,6 +211,17 @@ def test_a_folder_of_classes_and_a_folder_of_tars_are_verified_without_splits(im
     assert "holds no images" in refusal(capsys, "verify", tmp_path / "empty")
     assert "no folder for" in refusal(capsys, "verify", image_folder, "--json", tmp_path / "gone" / "x.json")
     assert "--workers 1" in refusal(capsys, "verify", image_folder, "--workers", 0)
+
+
+def test_of_two_layouts_of_shards_those_are_verified_that_a_run_reads(tmp_path, own_cache):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for path, kinds in ((tmp_path / split / "0.tar", "abc"), (tmp_path / f"{split}-0.tar", "ab")):
+            archives.tar(path, {f"{kind}/{split}.jpg": encoded("JPEG") for kind in kinds})
+    dataset = open_dataset(Data(source="shards", root=tmp_path), 0)
+    train, val = verify.listings(tmp_path, "all").values()
+    assert [train.span(k).path for k in range(len(train))] == [str(tmp_path / "train" / "0.tar")] * len(dataset.train)
+    assert [val.span(k).path for k in range(len(val))] == [str(tmp_path / "val" / "0.tar")] * len(dataset.val)
 
 
 def test_any_number_of_workers_finds_the_same_in_the_same_order(image_folder, monkeypatch):
@@ -196,10 +250,58 @@ def test_a_decoder_that_dies_takes_one_image_with_it(image_folder, tmp_path, mon
     assert "ended with status -11" in report.broken[0].reason
 
 
+def test_storage_that_stumbles_breaks_no_image(image_folder, tmp_path, monkeypatch):
+    script = tmp_path / "stumbles.py"
+    script.write_text(
+        "import errno, sys\n"
+        "from pliant.data.index import split\n"
+        "from pliant.preparation import examine\n"
+        "real, met = split._read, set()\n"
+        "def stumbling(path, *where):\n"
+        "    if path.endswith('2.png') and path not in met:\n"
+        "        met.add(path)\n"
+        "        open(sys.argv[1], 'a').write(path + '\\n')\n"
+        "        raise OSError(errno.ESTALE, 'Stale file handle')\n"
+        "    return real(path, *where)\n"
+        "split._read = stumbling\n"
+        "examine.main()\n"
+    )
+    monkeypatch.setattr(verify, "COMMAND", [sys.executable, str(script), str(tmp_path / "met")])
+    assert verify.verify("x", of_folder(image_folder / "train"), 1).broken == ()
+    assert len((tmp_path / "met").read_text().splitlines()) == 3
+
+
 def test_a_decoder_that_cannot_start_is_no_fault_of_the_images(image_folder, monkeypatch):
     monkeypatch.setattr(verify, "COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(UserError, match=r"did not start: run .*raise SystemExit"):
         verify.verify("x", of_folder(image_folder / "train"), 2)
+
+
+@pytest.mark.parametrize("shortage", ["raise MemoryError", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_too_little_memory_is_no_fault_of_the_image(image_folder, tmp_path, monkeypatch, shortage):
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import os, signal\n"
+        "from PIL import ImageFile\n"
+        "from pliant.preparation import examine\n"
+        "def short(image):\n"
+        f"    {shortage}\n"
+        "ImageFile.ImageFile.load = short\n"
+        "examine.main()\n"
+    )
+    monkeypatch.setattr(verify, "COMMAND", [sys.executable, str(script)])
+    with pytest.raises(UserError, match=r"too little memory to decode cat/.*\.png: write a smaller --workers"):
+        verify.verify("x", of_folder(image_folder / "train"), 1)
+
+
+@pytest.mark.parametrize("judge", [check, decoded, lambda content: size_of(io.BytesIO(content))])
+def test_a_judge_without_memory_gives_no_verdict(judge, monkeypatch):
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decoding, "_accepted", short)
+    with pytest.raises(MemoryError):
+        judge(encoded("JPEG"))
 
 
 def test_decoders_end_with_whoever_started_them(image_folder):
@@ -231,9 +333,21 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_decoders_import_no_torch():
-    code = "import pliant.preparation.examine, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+@pytest.mark.parametrize(
+    "module", ["pliant.preparation.examine", "pliant.data.decoding", "pliant.data.index", "pliant.data.sources.shards"]
+)
+def test_decoders_and_the_index_import_no_torch(module):
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_there_are_as_many_decoders_as_this_process_may_use_cores():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from pliant.preparation.command import AskVerify; print(AskVerify(root='x').workers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "1\n"
 
 
 def test_a_damaged_shard_is_named(tmp_path, capsys):

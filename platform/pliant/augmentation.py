@@ -72,8 +72,8 @@ class Augmentation:
             if name not in heeded[self.augment] and self._is_set(f"augment_{name}"):
                 wanted = "autoaugment" if name == "policy" else "randaugment"
                 raise UserError(
-                    f"--data.augment {self.augment} has no use for --data.augment-{name}: leave it out, or write "
-                    f"--data.augment {wanted}."
+                    f"--data.augment {self.augment} has no use for --data.augment-{name}: leave it out "
+                    f"{self._or_write(f'augment_{name}')} or write --data.augment {wanted}."
                 )
 
     def _check_erasing(self) -> None:
@@ -84,8 +84,8 @@ class Augmentation:
             )
         if self.erasing == 0.0 and self._is_set("erasing_mode"):
             raise UserError(
-                f"No image is erased, so --data.erasing-mode {self.erasing_mode} has nothing to fill: leave it out, or "
-                "write for instance --data.erasing 0.25."
+                f"No image is erased, so --data.erasing-mode {self.erasing_mode} has nothing to fill: leave it out "
+                f"{self._or_write('erasing_mode')} or write for instance --data.erasing 0.25."
             )
 
     def _check_mixing(self) -> None:
@@ -107,15 +107,21 @@ class Augmentation:
             )
         if not self.mixes and self._is_set("mix_probability"):
             raise UserError(
-                f"Nothing is mixed, so --data.mix-probability {self.mix_probability:g} has no use: leave it out, or "
-                "write for instance --data.mixup 0.2."
+                f"Nothing is mixed, so --data.mix-probability {self.mix_probability:g} has no use: leave it out "
+                f"{self._or_write('mix_probability')} or write for instance --data.mixup 0.2."
             )
         if not (self.mixup and self.cutmix) and self._is_set("switch_probability"):
             raise UserError(
-                "--data.switch-probability chooses between mixup and CutMix, and they are not both on: leave it out, "
-                "or write for instance --data.mixup 0.8 --data.cutmix 1."
+                "--data.switch-probability chooses between mixup and CutMix, and they are not both on: leave it out "
+                f"{self._or_write('switch_probability')} or write for instance --data.mixup 0.8 --data.cutmix 1."
             )
 
     def _is_set(self, name: str) -> bool:
         """Whether a setting has another value than its default."""
         return bool(getattr(self, name) != getattr(type(self), name))
+
+    def _or_write(self, name: str) -> str:
+        """What takes a setting back on the command line, where leaving it out does not: its default."""
+        default = getattr(type(self), name)
+        values = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        return f"(where the recipe file sets it, write --data.{name.replace('_', '-')} {values})"

@@ -28,6 +28,7 @@ def size_of(file: str | io.BytesIO) -> tuple[int, int]:
     Raises:
         Faulty: it is no image, or of a kind that loaders would not agree on.
         OSError: the file cannot be read.
+        MemoryError: there is too little for it, which is no fault of the image.
     """
     try:
         with _opened(file) as image:
@@ -36,6 +37,8 @@ def size_of(file: str | io.BytesIO) -> tuple[int, int]:
         if error.errno is not None:  # not Pillow's
             raise
         raise Faulty(reason(error)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file may raise anything
         raise Faulty(reason(error)) from None
 
@@ -45,7 +48,10 @@ def check(encoded: bytes) -> tuple[int, int]:
 
     Raises:
         Faulty: as `size_of`, or its content is damaged or incomplete.
+        MemoryError: as `size_of`.
     """
+    if not encoded:
+        raise Faulty("it is empty")
     try:
         with _opened(io.BytesIO(encoded)) as image:
             if image.format == "PNG":
@@ -56,6 +62,8 @@ def check(encoded: bytes) -> tuple[int, int]:
                 image.draft(image.mode, (max(1, image.width // _SHRINK), max(1, image.height // _SHRINK)))
             image.load()
             return size
+    except MemoryError:
+        raise
     except Exception as error:
         raise Faulty(reason(error)) from None
 
@@ -65,6 +73,7 @@ def decoded(encoded: bytes) -> Image.Image:
 
     Raises:
         Faulty: as `check`.
+        MemoryError: as `size_of`.
     """
     try:
         with _opened(io.BytesIO(encoded)) as image:
@@ -74,6 +83,8 @@ def decoded(encoded: bytes) -> Image.Image:
                 grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
                 return Image.fromarray(grey).convert("RGB")
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:
         raise Faulty(reason(error)) from None
 

@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pliant.aside import written_aside
 from pliant.errors import Interrupted, UserError
 from pliant.experiment import Data
 from pliant.preparation import imagenet, small, truth
 from pliant.preparation import split as held_out_split
 from pliant.preparation import verify as verification
 from pliant.preparation.progress import note
-from pliant.preparation.staging import write_text
 from pliant.preparation.writers import FormName, Sharding
 
 _COMMANDS = {
@@ -30,6 +30,8 @@ _COMMANDS = {
     "split": "list the images that a run holds out of training",
     "verify": "decode every image of a dataset; list what is broken or unusual",
 }
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,12 @@ class AskSplit:
     """As --data.source."""
     class_list: Path | None = None
     """As --data.class-list."""
+    extra: bool = False
+    """As --data.extra."""
+    check: Literal["strict", "header"] = "strict"
+    """As --data.check."""
+    broken_share: float = 0.01
+    """As --data.broken-share."""
     rest: bool = False
     """List the images that the run learns from instead."""
     to: Path | None = None
@@ -116,8 +124,8 @@ class AskVerify:
     """Image folder, or folder of shards."""
     split: verification.SplitName = "all"
     """Which images."""
-    workers: int = os.cpu_count() or 1
-    """Processes that decode."""
+    workers: int = _CORES
+    """Processes that decode; default: the cores that this one may use."""
     json: Path | None = None
     """File to write the findings to, for programs."""
 
@@ -145,7 +153,7 @@ def data_command(arguments: Sequence[str]) -> None:
         else:
             ask = tyro.cli(AskSmall, args=rest, prog=prog)
             svhn = command == "svhn"
-            print(small.prepare_svhn(ask.from_, ask.to) if svhn else small.prepare_cifar(command, ask.from_, ask.to))
+            _say(small.prepare_svhn(ask.from_, ask.to) if svhn else small.prepare_cifar(command, ask.from_, ask.to))
     except KeyboardInterrupt:
         raise Interrupted("Stopped; nothing unfinished has taken its place.") from None
     except OSError as error:  # a full disk, a folder that is gone
@@ -156,14 +164,14 @@ def data_command(arguments: Sequence[str]) -> None:
 def _imagenet(ask: AskImagenet) -> None:
     target = imagenet.Target(root=ask.to, form=ask.form, sharding=Sharding(images=ask.shard_images, seed=ask.seed))
     if ask.train is not None:
-        print(imagenet.prepare_train(ask.train, target), flush=True)
+        _say(imagenet.prepare_train(ask.train, target))
     if ask.val is not None:
         if ask.devkit is not None:
             wnids = partial(truth.from_devkit, ask.devkit)
         else:
             assert ask.val_labels is not None  # one of the two, says AskImagenet
             wnids = partial(truth.from_text, ask.val_labels)
-        print(imagenet.prepare_val(ask.val, wnids, target), flush=True)
+        _say(imagenet.prepare_val(ask.val, wnids, target))
 
 
 def _shards(ask: AskShards) -> None:
@@ -173,19 +181,30 @@ def _shards(ask: AskShards) -> None:
     if "train" not in there:
         raise UserError(f"{ask.root} holds no folder train: write a folder that holds train/CLASS/FILE as --root.")
     for split in there:
-        print(imagenet.prepare_folder(ask.root / split, split, target), flush=True)
+        _say(imagenet.prepare_folder(ask.root / split, split, target))
 
 
 def _split(ask: AskSplit) -> None:
     if ask.held_out < 1:
         raise UserError(f"A split of {ask.held_out} images is none: write --held-out 1 or more.")
-    data = Data(source=ask.source, root=ask.root, held_out=ask.held_out, class_list=ask.class_list)
+    data = Data(
+        source=ask.source,
+        root=ask.root,
+        held_out=ask.held_out,
+        class_list=ask.class_list,
+        extra=ask.extra,
+        check=ask.check,
+        broken_share=ask.broken_share,
+    )
     held_out, learned = held_out_split.lists(data, ask.seed)
     lines = learned if ask.rest else held_out
+    text = b"".join(os.fsencode(line) + b"\n" for line in lines)  # names as they are, UTF-8 or not: programs open them
     if ask.to is None:
-        print("\n".join(lines))
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text)
     else:
-        write_text(ask.to, "".join(f"{line}\n" for line in lines))
+        with written_aside(ask.to, flush=True) as beside:
+            beside.write_bytes(text)
         note(f"{ask.to}: {len(lines):,} images")
 
 
@@ -201,14 +220,19 @@ def _verify(ask: AskVerify) -> None:
         reports.append(report)
         for kind, findings in (("broken", report.broken), ("odd", report.odd)):
             for finding in findings:
-                print(f"{kind}: {finding.file}: {finding.reason}")
+                _say(f"{kind}: {finding.file}: {finding.reason}")
         broken, odd = len(report.broken), len(report.odd)
-        print(f"{place}: {report.images:,} images, {broken:,} broken, {odd:,} unusual", flush=True)
+        _say(f"{place}: {report.images:,} images, {broken:,} broken, {odd:,} unusual")
     if ask.json is not None:
         verification.write_report(reports, ask.json)
     broken, images = sum(len(report.broken) for report in reports), sum(report.images for report in reports)
     if broken:
         raise UserError(f"{broken:,} of {images:,} images in {ask.root} are broken: replace or remove them.")
+
+
+def _say(text: str) -> None:
+    """A line on stdout, for a person: bytes of a name that are not UTF-8 are spelt out."""
+    print(os.fsencode(text).decode(errors="backslashreplace"), flush=True)
 
 
 def _usage(*, asked: bool) -> None:

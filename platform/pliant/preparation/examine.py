@@ -12,14 +12,17 @@ import json
 import sys
 import warnings
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from pliant.data.decoding import FORMATS, Faulty, check
 from pliant.errors import UserError
 from pliant.preparation.span import Span
 
 READY = "ready"
+NO_MEMORY = 71
+"""Exit status: there is too little of it, which is no fault of the image."""
 
-_FORMATS = {
+_SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"),
     "MPO": (".jpg", ".jpeg"),  # several pictures in one JPEG, as some cameras write
     "PNG": (".png",),
@@ -31,43 +34,37 @@ _FORMATS = {
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = 1
 _LARGE = 40e6  # pixels: 120 MB decoded, more than any image of ImageNet
-_PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTH = 24  # where a PNG says how many bits a channel has
 
 
 def examine(content: bytes, name: str) -> tuple[str | None, list[str]]:
-    """Decode an encoded image whole.
+    """Decode an encoded image whole. Whether it is broken is judged as when a run indexes it.
 
     Returns:
         Why it is broken, or None; and what is unusual about it though it can be used.
+
+    Raises:
+        MemoryError: there is too little for it.
     """
-    if not content:
-        return "it is empty", []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's: what they warn of is found below
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-                oddities = _oddities(image, content, name)
-            if content.startswith(_PNG):
-                with Image.open(io.BytesIO(content)) as image:
-                    image.verify()  # its own checksums, which decoding passes over
-            return None, oddities
-    except UnidentifiedImageError:
-        return "its format is unknown", []
-    except Exception as error:  # a damaged file may raise anything
-        return " ".join(str(error).split()).rstrip(".") or type(error).__name__, []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow's: what they warn of is found below
+        try:
+            check(content)
+        except Faulty as fault:
+            return str(fault), []
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return None, _oddities(image, content, name)
 
 
 def _oddities(image: Image.Image, content: bytes, name: str) -> list[str]:
     odd = []
-    if not name.lower().endswith(_FORMATS.get(image.format or "", ())):
+    if not name.lower().endswith(_SUFFIXES.get(image.format or "", ())):
         odd.append(f"{image.format} by its contents")
     if image.format == "JPEG" and b"\xff\xd9" not in content[-4096:]:
         odd.append("without its end marker")
     if image.mode == "CMYK":
         odd.append("CMYK")
-    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and content[_PNG_DEPTH] > 8):
+    if image.mode.startswith("I;16") or (image.format == "PNG" and content[_PNG_DEPTH] > 8):
         odd.append("more than 8 bits a channel")
     if image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
         odd.append("to be shown turned or mirrored (EXIF)")
@@ -87,6 +84,8 @@ def main() -> None:
             broken, odd = examine(Span(path, offset, size, whole).read(), name)
         except UserError as error:
             broken, odd = str(error), []
+        except MemoryError:
+            sys.exit(NO_MEMORY)
         print(json.dumps([broken, odd]), flush=True)
 
 

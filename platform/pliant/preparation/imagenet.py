@@ -6,6 +6,8 @@ ILSVRC2012_img_train.tar holds a tar archive for each of 1,000 classes, named by
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,7 @@ from pliant.errors import UserError
 from pliant.preparation import writers
 from pliant.preparation.listing import Entry, Listing, build, is_image, load, of_folder, save
 from pliant.preparation.progress import note, progress
+from pliant.preparation.span import Changed
 from pliant.preparation.staging import begin, check_space, discard, forget, record, recorded, staging, write_text
 from pliant.preparation.tars import members, nested_members
 from pliant.preparation.writers import FormName, Sharding
@@ -25,6 +28,8 @@ from pliant.preparation.writers import FormName, Sharding
 SplitName = Literal["train", "val"]
 
 CLASS_LIST = "classes.txt"
+MARK = "sample.json"
+"""Its presence in a dataset's root tells `open_dataset` that the images were generated."""
 _CLASSES = 1000
 _IMAGES = {"train": 1_281_167, "val": 50_000}  # of ILSVRC2012
 
@@ -78,7 +83,8 @@ def prepare_folder(folder: Path, split: SplitName, target: Target) -> str:
         return relabelled(listing, _classes(target.root) or listing.classes, folder)
 
     path = str(folder.resolve())
-    return _prepare(split, _Source({"source": path}, path), target, listed)
+    mark = folder.parent / MARK
+    return _prepare(split, _Source({"source": path}, path, mark if mark.is_file() else None), target, listed)
 
 
 def list_train(archive: Path) -> Listing:
@@ -153,7 +159,8 @@ def relabelled(listing: Listing, classes: tuple[str, ...], folder: Path) -> List
     strangers = sorted(set(listing.classes) - set(classes))
     if strangers:
         raise UserError(f"The class folder {folder / strangers[0]} is not among the training classes: remove it.")
-    labels = np.array([classes.index(name) for name in listing.classes], np.int32)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[name] for name in listing.classes], np.int32)
     return replace(listing, classes=classes, labels=labels[listing.labels])
 
 
@@ -165,6 +172,8 @@ class _Source:
     """By what it is known again, wherever it lies then."""
     key: str
     """Changes where what was listed may no longer be so."""
+    mark: Path | None = None
+    """The file beside the images that says that they were generated; None where they were not."""
 
 
 def _source(archive: Path) -> _Source:
@@ -184,12 +193,14 @@ def _prepare(split: SplitName, source: _Source, target: Target, listed: Callable
     is_recorded = settings.items() <= entry.items()
     place = writers.place(root, split, form)
     if is_recorded and place.exists():
+        _copy_mark(source, root)
         discard(root, split)
         return f"{root}: {split} is complete already, {entry['images']:,} images"
     with staging(root, split, settings) as folder:
         # Recorded and still here: it was stopped while it was moved into place.
         if not (is_recorded and (folder / "content").is_dir()):
             entry = _written(split, source, target, folder, settings, listed)
+        _copy_mark(source, root)
         writers.publish(folder / "content", root, split, form)
         discard(root, split)
     return f"{root}: {split} is complete, {entry['images']:,} images of {entry['classes']:,} classes"
@@ -206,7 +217,8 @@ def _written(
     """Write the split to folder/content and record it. Returns the record."""
     root, form, name = target.root, target.form, source.described["source"]
     _check_place(root, split, form)
-    listing = load(folder / "listing.npz", source.key) or listed()
+    listing = load(folder / "listing.npz", source.key) or _listed_anew(folder, listed)
+    _check_text(listing.classes, str(name))
     classes = _classes(root)
     if classes and classes != listing.classes:
         raise UserError(f"{root / CLASS_LIST} names other classes than {name}: write another folder as --to.")
@@ -214,11 +226,15 @@ def _written(
     forget(root, split)
     content = begin(folder, settings)
     save(listing, folder / "listing.npz", source.key)
-    with progress(f"Writing {split}", len(listing)) as advance:
-        if form == "folders":
-            writers.write_folders(listing, content, advance)
-        else:
-            writers.write_shards(listing, content, split, target.sharding, advance)
+    try:
+        with progress(f"Writing {split}", len(listing)) as advance:
+            if form == "folders":
+                writers.write_folders(listing, content, advance)
+            else:
+                writers.write_shards(listing, content, split, target.sharding, advance)
+    except Changed:
+        (folder / "listing.npz").unlink()
+        raise
     writers.verify(listing, content, form)
     if len(listing.classes) == _CLASSES and len(listing) != _IMAGES[split]:
         note(f"warning: ILSVRC2012 has {_IMAGES[split]:,} images in {split}, and {name} has {len(listing):,}.")
@@ -229,6 +245,20 @@ def _written(
     return entry
 
 
+def _listed_anew(folder: Path, listed: Callable[[], Listing]) -> Listing:
+    """The listing, and nothing left of what was written by another: images lay elsewhere in it, or were others."""
+    listing = listed()
+    if (folder / "content").is_dir():
+        shutil.rmtree(folder / "content")
+    return listing
+
+
+def _copy_mark(source: _Source, root: Path) -> None:
+    """Images that were generated are so in shards too, and it is said wherever a result is shown."""
+    if source.mark is not None and not (root / MARK).exists():
+        write_text(root / MARK, source.mark.read_text(encoding="utf-8"))
+
+
 def _check_place(root: Path, split: SplitName, form: FormName) -> None:
     there = [root / split, *sorted(root.glob(f"{split}-*.tar"))]
     found = next((path for path in there if path.exists()), None)
@@ -237,6 +267,13 @@ def _check_place(root: Path, split: SplitName, form: FormName) -> None:
             f"{found} is there already, and is not what this command writes from this source: move it away, or write "
             "another folder as --to."
         )
+
+
+def _check_text(classes: tuple[str, ...], source: str) -> None:
+    """The list of classes is text, in UTF-8, and so are their names; those of images may be any bytes."""
+    for name in classes:
+        if any("\ud800" <= character <= "\udfff" for character in name):  # what Python puts for other bytes
+            raise UserError(f"The name {os.fsencode(name)!r} of a class in {source} is not UTF-8: rename it.")
 
 
 def _classes(root: Path) -> tuple[str, ...]:

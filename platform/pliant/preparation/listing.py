@@ -131,10 +131,10 @@ def is_image(name: str) -> bool:
 
 
 def save(listing: Listing, path: Path, key: str) -> None:
-    """Keep a listing, under a key that tells what was listed; written aside and renamed."""
+    """Keep a listing, under a key that tells what was listed. Whole or not at all: what was written is lost with it."""
     archives = [str(path) for path in listing.archives]
     text = json.dumps({"key": key, "classes": listing.classes, "archives": archives, "folder": listing.folder})
-    with written_aside(path) as beside, open(beside, "wb") as file:
+    with written_aside(path, flush=True) as beside, open(beside, "wb") as file:
         np.savez(file, names=listing.names, labels=listing.labels, places=listing.places, text=np.array(text))
 
 

@@ -14,7 +14,7 @@ from pliant.data.sources.cifar import Form, find_folder
 from pliant.errors import UserError
 from pliant.preparation.progress import note, progress
 from pliant.preparation.staging import begin, check_space, discard, staging
-from pliant.preparation.tars import check_member, reason
+from pliant.preparation.tars import DAMAGES, check_member, reason
 
 FORMS: dict[str, tuple[Form, Callable[[Path], object]]] = {
     "cifar10": (cifar10.FORM, cifar10.open_cifar10),
@@ -51,8 +51,8 @@ def prepare_cifar(name: str, given: Path, root: Path) -> str:
         return f"{there}: complete already"
     archive = _archive(form, given)
     _check_md5(archive, [MD5[file] for file in _archives(form)])
-    with staging(root, name, {"source": archive.name}) as folder:
-        shutil.rmtree(folder / "content", ignore_errors=True)  # a few seconds' work, begun anew
+    with staging(root, name, {}) as folder:  # whichever archive was begun with: a few seconds' work, begun anew
+        shutil.rmtree(folder / "content", ignore_errors=True)
         unpacked = _unpack(archive, folder, form)
         opened(unpacked)
         os.sync()
@@ -132,7 +132,12 @@ def _archive(form: Form, given: Path) -> Path:
 
 
 def _unpack(archive: Path, folder: Path, form: Form) -> Path:
-    """The folder with the dataset's files, below folder/content."""
+    """The folder with the dataset's files, below folder/content.
+
+    Raises:
+        UserError: the archive is damaged or unsafe, holds another dataset, or there is no room.
+        OSError: it cannot be read, or nothing can be written: a disk that is full, a folder of others.
+    """
     if not hasattr(tarfile, "data_filter"):
         raise UserError("This Python cannot unpack archives safely: use 3.11.4 or newer, or unpack it with tar.")
     try:
@@ -141,9 +146,11 @@ def _unpack(archive: Path, folder: Path, form: Form) -> Path:
             for member in found:
                 check_member(member, str(archive))
             check_space(folder / "content", sum(member.size for member in found))
-            content = begin(folder, {"source": archive.name})
+            content = begin(folder, {})
             opened.extractall(content, filter="data")
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, *DAMAGES) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, and no fault of the archive
+            raise
         raise UserError(f"The archive {archive} cannot be unpacked ({reason(error)}): fetch it again.") from None
     unpacked = find_folder(form, content)
     if unpacked is None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
+from pliant.data.index.split import read
 from pliant.errors import UserError
+
+
+class Changed(UserError):  # noqa: N818 - it is what happened
+    """What was listed is not there as it was: it must be listed anew."""
 
 
 class Span(NamedTuple):
@@ -19,17 +25,19 @@ class Span(NamedTuple):
     """The file holds nothing else."""
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Its bytes. Storage that stumbles is asked again, as in a run.
 
         Raises:
-            UserError: the file cannot be read or is shorter than it was.
+            Changed: the file has another length than when it was listed, or is gone from its folder.
+            UserError: it cannot be read.
         """
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                content = file.read(self.size + self.whole)
+            content = read(self.path, self.offset, self.size + self.whole)  # a byte more tells whether it has grown
         except OSError as error:
+            # Where the folder is gone too, a disk may be: what was listed there is not given up.
+            if self.whole and isinstance(error, FileNotFoundError) and os.path.isdir(os.path.dirname(self.path)):
+                raise Changed(f"The file {self.path} is gone since it was listed: begin again.") from None
             raise UserError(f"The file {self.path} cannot be read ({error.strerror}): mend that and go on.") from None
         if len(content) != self.size:
-            raise UserError(f"The file {self.path} has another length than when it was listed: begin again.")
+            raise Changed(f"The file {self.path} has another length than when it was listed: begin again.")
         return content

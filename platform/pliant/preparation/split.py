@@ -17,7 +17,7 @@ def lists(data: Data, seed: int) -> tuple[list[str], list[str]]:
     """What a run with these settings holds out, and what it learns from.
 
     Args:
-        data: of the run; `held_out` says how many images.
+        data: of the run; `held_out` says how many images, at least 1.
         seed: of the run.
 
     Returns:
@@ -25,20 +25,18 @@ def lists(data: Data, seed: int) -> tuple[list[str], list[str]]:
         dataset that is held in memory are positions in its training images, from 0.
 
     Raises:
-        UserError: there is no such dataset, or nothing would be left to train on.
+        UserError: what a run with these settings refuses: there is no such dataset, nothing would be left to train on,
+            or too many images are broken.
     """
-    train = open_dataset(replace(data, held_out=0), seed).train
-    held_out = held_out_positions(train.labels, data.held_out, seed)
-    kept = np.zeros(len(train), np.bool_)
-    kept[held_out] = True
-    lines = _lines(train, data.root)
-    return (
-        [line for line, back in zip(lines, kept, strict=True) if back],
-        [line for line, back in zip(lines, kept, strict=True) if not back],
-    )
+    if data.source in ("folder", "shards"):
+        dataset = open_dataset(data, seed)
+        return _paths(dataset.held_out, data.root), _paths(dataset.train, data.root)
+    labels = open_dataset(replace(data, held_out=0), seed).train.labels
+    held_out = held_out_positions(labels, data.held_out, seed)
+    learned = np.setdiff1d(np.arange(len(labels)), held_out)
+    return [str(position) for position in held_out], [str(position) for position in learned]
 
 
-def _lines(split: Split, root: Path | None) -> list[str]:
-    if not isinstance(split, Index) or root is None:
-        return [str(position) for position in range(len(split))]
+def _paths(split: Split | None, root: Path | None) -> list[str]:
+    assert isinstance(split, Index) and root is not None  # files, of which some are held out
     return [os.path.relpath(split.path(position), root) for position in range(len(split))]

@@ -2,7 +2,8 @@
 
 A split is written below ROOT/.SPLIT.partial, which readers of ROOT pass over. When it is whole,
 ROOT/prepared-SPLIT.json says what it is, and then it is moved into place; so a split is finished if it is both recorded
-and in its place.
+and in its place. A folder is moved in one step, and no reader sees a part of it. Shards are moved one by one, the
+highest number first and 000000 last: whoever reads meanwhile, or after a stop at that moment, finds the first missing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pliant.aside import written_aside
 from pliant.errors import UserError
 
 _DISK_BLOCK = 512  # bytes, the unit of st_blocks whatever the file system's own is
@@ -107,13 +109,9 @@ def _record(root: Path, name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside, flushed to storage, renamed."""
-    beside = path.with_name(f"{path.name}.part")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Whole or not at all, a power failure included."""
+    with written_aside(path, flush=True) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def check_space(folder: Path, needed: int) -> None:

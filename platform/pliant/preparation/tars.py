@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,8 @@ from typing import IO
 
 from pliant.errors import UserError
 
+DAMAGES = (EOFError, tarfile.TarError, zlib.error)
+"""What a damaged archive, compressed or not, raises besides an OSError without a number."""
 _BLOCK = 512  # bytes, tar's unit; an archive ends with a block of zeros
 
 

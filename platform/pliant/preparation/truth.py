@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pliant.errors import UserError, optional_import
-from pliant.preparation.tars import reason
+from pliant.preparation.tars import DAMAGES, reason
 
 _META = "data/meta.mat"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -81,7 +81,7 @@ def _members(path: Path) -> tuple[bytes, bytes]:
                     content = archive.extractfile(member) if member.isreg() and member.name.endswith(wanted) else None
                     if content is not None:
                         found[wanted] = content.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, *DAMAGES) as error:
         raise UserError(
             f"The development kit {path} cannot be read ({reason(error)}): write ILSVRC2012_devkit_t12.tar.gz as "
             "--devkit."

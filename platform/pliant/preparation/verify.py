@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from pliant.data.index import class_folders
+from pliant.data.sources.shards import find_shards
 from pliant.errors import UserError
-from pliant.preparation.examine import READY
+from pliant.preparation.examine import NO_MEMORY, READY
 from pliant.preparation.listing import Listing, of_folder, of_shards
 from pliant.preparation.progress import progress
 from pliant.preparation.staging import write_text
@@ -53,8 +56,8 @@ class Report:
 
 
 def listings(root: Path, split: SplitName) -> dict[str, Listing]:
-    """What there is to verify, by where it lies: root/SPLIT/CLASS/FILE, root/SPLIT-*.tar or root/SPLIT/*.tar; with
-    `all` and neither train nor val in root, root/CLASS/FILE or root/*.tar.
+    """What there is to verify, by where it lies: root/SPLIT/*.tar, root/SPLIT-*.tar or root/SPLIT/CLASS/FILE, the
+    first that there is, as a run chooses; with `all` and neither train nor val in root, root/CLASS/FILE or root/*.tar.
 
     Raises:
         UserError: there is nothing.
@@ -63,8 +66,8 @@ def listings(root: Path, split: SplitName) -> dict[str, Listing]:
         raise UserError(f"{root} is no folder: write the root of a dataset.")
     found: dict[str, Listing] = {}
     for name in ("train", "val") if split == "all" else (split,):
-        shards = sorted(root.glob(f"{name}-*.tar")) or sorted((root / name).glob("*.tar"))
-        if shards:
+        if where := find_shards(root, name):
+            shards = sorted(where[0].glob(where[1]))
             found[f"{name}, {len(shards)} shards"] = of_shards(shards)
         elif (root / name).is_dir():
             found[str(root / name)] = of_folder(root / name)
@@ -85,6 +88,9 @@ def verify(place: str, listing: Listing, workers: int) -> Report:
         place: where they lie, for the report.
         listing: the images.
         workers: processes that decode.
+
+    Raises:
+        UserError: this machine cannot decode them.
     """
     broken, odd = [], []
     with progress(f"Decoding {place}", len(listing)) as advance:
@@ -112,12 +118,16 @@ class _Decoder:
         self._greeted = False
 
     def examine(self, listing: Listing, position: int) -> _Found:
-        """What is found in one image."""
+        """What is found in one image.
+
+        Raises:
+            UserError: this machine is at fault, not the image.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         if not self._greeted:
             # Without this, a process that cannot start at all would have every image be broken.
             if self._process.stdout.readline().decode().strip() != READY:
-                raise RuntimeError(f"A process that decodes did not start: {' '.join(COMMAND)}")
+                raise UserError(f"A process that decodes did not start: run {shlex.join(COMMAND)} to see why.")
             self._greeted = True
         question = json.dumps([*listing.span(position), listing.name(position)])
         try:
@@ -128,6 +138,10 @@ class _Decoder:
             answer = b""
         if not answer:
             status = self._process.wait()
+            if status in (NO_MEMORY, -signal.SIGKILL):  # a machine that runs out of it kills
+                raise UserError(
+                    f"There was too little memory to decode {listing.name(position)}: write a smaller --workers."
+                )
             self.close()
             self._process, self._greeted = self._start(), False
             return f"its decoder ended with status {status}", []

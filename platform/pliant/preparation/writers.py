@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pliant.aside import written_aside
 from pliant.errors import UserError
 from pliant.preparation.listing import Listing, is_image
 from pliant.preparation.tars import members
@@ -27,6 +30,8 @@ from pliant.randomness import philox
 
 FormName = Literal["folders", "shards"]
 
+_READERS = 8  # threads that wait for storage
+_AHEAD = 4 * _READERS  # images at most in memory
 _PAGE = 4096  # bytes, what a file system hands out at least
 _TAR_OVERHEAD = 3 * 512 + 512  # bytes an image costs at most besides its own: two headers, its class, padding
 
@@ -127,7 +132,8 @@ def needed_bytes(listing: Listing, form: FormName) -> int:
 
 
 def publish(content: Path, root: Path, split: str, form: FormName) -> None:
-    """Move what is whole into its place. The shard number 0 comes last: with it, all are there."""
+    """Move what is whole into its place: a folder in one step, shards one by one from the highest number down. Where
+    the number 0 is there, all are."""
     if form == "folders":
         os.rename(content, root / split)
         return
@@ -153,17 +159,28 @@ def _key(name: str) -> str:
 
 
 def _write_shard(listing: Listing, keys: list[str], positions: NDArray[np.int64], target: Path) -> None:
-    beside = target.with_name(f"{target.name}.part")
-    with open(beside, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
-            for position in map(int, positions):
-                suffix = PurePosixPath(listing.name(position)).suffix.lower()
-                suffix = ".jpg" if suffix == ".jpeg" else suffix
-                _add(shard, keys[position] + suffix, listing.span(position).read())
-                _add(shard, keys[position] + ".cls", str(int(listing.labels[position])).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, target)
+    with written_aside(target, flush=True) as beside, tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as shard:
+        for position, image in zip(positions.tolist(), _read_ahead(listing, positions), strict=True):
+            suffix = PurePosixPath(listing.name(position)).suffix.lower()
+            suffix = ".jpg" if suffix == ".jpeg" else suffix
+            _add(shard, keys[position] + suffix, image)
+            _add(shard, keys[position] + ".cls", str(int(listing.labels[position])).encode())
+
+
+def _read_ahead(listing: Listing, positions: NDArray[np.int64]) -> Iterator[bytes]:
+    """The images' bytes in the order of `positions`. They lie at random places, for each of which a disk is waited for:
+    a few are asked for at once, and no more than that wait in memory."""
+    with ThreadPoolExecutor(_READERS, "pliant-read") as readers:
+        asked: deque[Future[bytes]] = deque()
+        try:
+            for position in positions.tolist():
+                asked.append(readers.submit(listing.span(position).read))
+                if len(asked) == _AHEAD:
+                    yield asked.popleft().result()
+            while asked:
+                yield asked.popleft().result()
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)  # where it is stopped, none is read for nothing
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -173,7 +190,7 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _replace(target: Path, content: bytes) -> None:
-    beside = target.with_name(f".{target.name}.part")
+    beside = target.with_name(f".{target.name}.part")  # a name that no image has
     beside.write_bytes(content)
     os.replace(beside, target)
 

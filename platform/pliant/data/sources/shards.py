@@ -30,7 +30,7 @@ def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = Tr
     """
     if root is None:
         raise UserError(f"No dataset was named: write --data.root /path/to/shards, a folder that holds {_LAYOUT}.")
-    found = _shards(root, "train")
+    found = find_shards(root, "train")
     if found is None:
         raise UserError(f"The data root {root} holds no shards: write a folder that holds {_LAYOUT} as --data.root.")
     train = scan_shards(*found, None if class_list is None else read_class_list(class_list), strict=strict)
@@ -38,12 +38,12 @@ def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = Tr
         raise UserError(
             f"The shards in {found[0]} hold one class only, {train.classes[0]}: a classifier needs at least two."
         )
-    held = _shards(root, "val")
+    held = find_shards(root, "val")
     return train, None if held is None else scan_shards(*held, train.classes, strict=strict)
 
 
-def _shards(root: Path, split: str) -> tuple[Path, str] | None:
-    """The folder and the pattern of a split's shards."""
+def find_shards(root: Path, split: str) -> tuple[Path, str] | None:
+    """The folder and the pattern of a split's shards; None where there are none. A folder of its own goes first."""
     for folder, pattern in ((root / split, "*.tar"), (root, f"{split}-*.tar")):
         if any(folder.glob(pattern)):
             return folder, pattern
