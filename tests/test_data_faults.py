@@ -23,7 +23,7 @@ from pliant.data.loaders import Request
 from pliant.data.loaders.dali import DaliLoader
 from pliant.data.loaders.torchvision import TorchvisionLoader
 from pliant.data.plan import centre_plan, training_plan
-from pliant.errors import UserError
+from pliant.errors import UserError, printable
 from pliant.experiment import Batching, Data
 from pliant.randomness import philox
 from tests.runs import command, finish, only_run
@@ -374,8 +374,9 @@ def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):
 
 
 def test_a_run_goes_on_and_says_so(folder, tmp_path):
-    """From the command line to the spectrum."""
-    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / "1.jpg"]
+    """From the command line to the spectrum, one of the broken images with a name that is no UTF-8."""
+    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / os.fsdecode(b"\xff.jpg")]
+    (folder / "val" / "dog" / "1.jpg").rename(broken[1])
     for file in broken:
         damage(str(file), BREAKING["halved"])
     asked: dict[str, object] = {
@@ -399,9 +400,25 @@ def test_a_run_goes_on_and_says_so(folder, tmp_path):
     warnings = [event["text"] for event in events if event["event"] == "warning"]
     expected = ("1 of the 24 training images is broken, another", "1 of the 12 validation images is broken, acc")
     for file, words in zip(broken, expected, strict=True):
-        assert [words in warning and str(file) in warning for warning in warnings].count(True) == 1
+        assert [words in warning and printable(str(file)) in warning for warning in warnings].count(True) == 1
         assert words in done.stdout.replace("\n", " ")
     assert events[-1]["event"] == "end"
     assert events[-1]["broken"] == 0
     assert {line["images"] for line in json.loads((run / "spectrum.json").read_text())["lines"]} == {11}
     assert "top-1 on 11 images" in done.stdout
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_image_whose_name_is_no_text_is_served_and_named_as_a_terminal_shows_it(loader, folder):
+    names = [folder / "train" / "dog" / os.fsdecode(name) for name in (b"\xe9t\xe9.jpg", b"\xff.jpg")]
+    for number, name in enumerate(names):
+        (folder / "train" / "dog" / f"{number}.jpg").rename(name)
+    feed = make_feed(folder, loader)
+    damage(str(names[1]), LATER["gone"])
+    told: list[str] = []
+    feed.faults.tell = told.append
+    positions = torch.cat([batch.positions for batch in trained(feed)]).tolist()
+    assert 14 in positions
+    assert feed.faults.found.keys() == {str(names[1])}
+    assert [r"train/dog/\xff.jpg is broken" in text for text in told] == [True]
+    "".join(told).encode()  # raises where it cannot be printed

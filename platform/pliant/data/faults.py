@@ -59,8 +59,9 @@ class Faults:
             self._met[path] = reason
             number = self._splits[id(index)] = self._splits.get(id(index), len(index.broken)) + 1
         what = "another of its class stands in for it" if replaced else "accuracy is over the other images"
-        self.tell(f"the image {path} is broken ({reason}): {what}.")
-        refuse_if_many(index, self._share, number, f"{path} ({reason})")
+        shown = index.shown(position)
+        self.tell(f"the image {shown} is broken ({reason}): {what}.")
+        refuse_if_many(index, self._share, number, f"{shown} ({reason})")
 
 
 def refuse_if_many(index: Index, share: float, number: int, one: str) -> None:
@@ -95,7 +96,7 @@ def check_known(index: Index, share: float, *, replaced: bool) -> None:
     if not len(index.broken):
         return
     first = int(index.broken[0])
-    refuse_if_many(index, share, len(index.broken), f"{index.path(first)} ({index.reason(first)})")
+    refuse_if_many(index, share, len(index.broken), f"{index.shown(first)} ({index.reason(first)})")
     if replaced:
         labels, classes = index.labels, len(index.classes)
         sound = np.bincount(labels, minlength=classes) - np.bincount(labels[index.broken], minlength=classes)
@@ -107,7 +108,7 @@ def no_stand_in(index: Index, position: int, reason: str) -> UserError:
     """The sentence for an image that is broken like all others of its class."""
     return UserError(
         f"No image of the class {index.classes[index.labels[position]]} can be read, for instance "
-        f"{index.path(position)} ({reason}): replace the images, or remove the class."
+        f"{index.shown(position)} ({reason}): replace the images, or remove the class."
     )
 
 
@@ -116,7 +117,7 @@ def note(name: str, index: Index, *, replaced: bool) -> str | None:
     broken = index.broken.tolist()
     if not broken:
         return None
-    named = "; ".join(f"{index.path(one)} ({index.reason(one)})" for one in broken[:_NAMED])
+    named = "; ".join(f"{index.shown(one)} ({index.reason(one)})" for one in broken[:_NAMED])
     more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
     what = (
         "another of its class stands in for each"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pliant.data.decoding import Faulty, reason
 from pliant.data.index.table import Table
+from pliant.errors import printable
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _STUMBLES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network storage, mostly
@@ -43,9 +44,14 @@ class Index:
         return len(self.labels)
 
     def path(self, position: int) -> str:
-        """The file of the image at `position` in [0, N); of an image in a shard, SHARD:MEMBER."""
+        """The file of the image at `position` in [0, N); of an image in a shard, SHARD:MEMBER. To open, not to show:
+        a name that is no UTF-8 carries surrogates."""
         row, listing = self._row(position), self.table.listing
         return listing.file(row) if listing.whole else f"{listing.file(row)}:{listing.name(row)}"
+
+    def shown(self, position: int) -> str:
+        """The `path` for a person."""
+        return printable(self.path(position))
 
     def encoded(self, position: int) -> bytes:
         """The stored bytes of the image at `position`, the same as when it was indexed. Safe in threads.
