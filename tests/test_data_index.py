@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,20 @@ def test_cache_serves_until_a_folder_changes(image_folder, opened, draw_image):
         opened.clear()
         scan(folder, None)
         assert not opened
+
+
+def test_copies_that_take_turns_at_one_path_are_each_indexed_once(image_folder, opened, tmp_path):
+    """As on machines that share a home, each with a copy on a disk of its own."""
+    folder, one, other = image_folder / "train", tmp_path / "one", tmp_path / "other"
+    shutil.copytree(folder, other)
+    for _ in range(2):
+        scan(folder, None)
+        folder.rename(one)
+        other.rename(folder)
+        scan(folder, None)
+        folder.rename(other)
+        one.rename(folder)
+    assert len(opened) == 2 * 24
 
 
 def test_a_file_changed_in_its_place_is_noticed_when_it_is_read(image_folder, opened, draw_image):

@@ -113,11 +113,15 @@ def _complain(folder: Path, cache: Path | str, why: str) -> None:
 def table_file(folder: Path, what: str) -> Path:
     """Where the table of a folder is kept.
 
+    Machines that share a home may each have another copy at the same path: the folder's inode tells them apart.
+
     Raises:
+        OSError: the folder is not there.
         RuntimeError: the user has no home, nor XDG_CACHE_HOME.
     """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    key = hashlib.blake2b(os.fsencode(folder.resolve()) + b"\0" + what.encode(), digest_size=12).hexdigest()
+    named = b"\0".join((os.fsencode(folder.resolve()), str(folder.stat().st_ino).encode(), what.encode()))
+    key = hashlib.blake2b(named, digest_size=12).hexdigest()
     return Path(root) / "pliant" / f"index{VERSION}-{key}.safetensors"
 
 
