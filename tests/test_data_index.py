@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pliant.data import Feed, open_dataset
 from pliant.data.dataset import held_out_positions
-from pliant.data.decoding import Faulty
+from pliant.data.decoding import Faulty, size_of
 from pliant.data.index import scan
 from pliant.data.index.split import read
 from pliant.errors import UserError
@@ -183,6 +184,60 @@ def test_storage_that_stumbles_is_asked_again(image_folder, monkeypatch):
     monkeypatch.setattr("pliant.data.index.split.os.open", stumbling)
     assert index.encoded(3) == whole
     assert asked == [index.path(3)] * 3
+
+
+def failing_at(file: Path, error: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for this file meets the error, whichever call it makes; all others are served."""
+
+    def failing(call: Callable[..., object]) -> Callable[..., object]:
+        def instead(path: object, *given: object, **more: object) -> object:
+            if path == str(file):
+                raise error
+            return call(path, *given, **more)
+
+        return instead
+
+    patch.setattr("pliant.data.index.split._PAUSES_S", (0.0, 0.0))
+    patch.setattr("pliant.data.index.split.os.open", failing(os.open))
+    patch.setattr("pliant.data.index.examine.size_of", failing(size_of))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.EREMOTEIO])
+def test_storage_that_fails_while_indexing_breaks_no_image_for_good(failure, strict, image_folder, opened):
+    folder = image_folder / "train"
+    file = folder / "dog" / "3.png"
+    with pytest.MonkeyPatch.context() as patch:
+        failing_at(file, OSError(failure, os.strerror(failure)), patch)
+        with pytest.raises(UserError) as caught:
+            scan(folder, None, strict=strict)
+    said = one_sentence(str(caught.value))
+    assert f"{file} could not be read while it was indexed ({os.strerror(failure)})" in said
+    assert not len(scan(folder, None, strict=strict).broken)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fault", [errno.ENOENT, errno.EACCES, errno.ELOOP])
+def test_a_file_that_is_not_ours_to_read_or_leads_nowhere_is_broken(fault, strict, image_folder):
+    folder = image_folder / "train"
+    with pytest.MonkeyPatch.context() as patch:
+        failing_at(folder / "dog" / "3.png", OSError(fault, os.strerror(fault)), patch)
+        index = scan(folder, None, strict=strict)
+    assert index.broken.tolist() == [11]
+    assert index.reason(11) == os.strerror(fault)
+
+
+def test_too_little_memory_while_indexing_breaks_no_image_for_good(image_folder, monkeypatch):
+    folder = image_folder / "train"
+
+    def exhausted(encoded: bytes) -> tuple[int, int]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pliant.data.index.examine.check", exhausted)
+        with pytest.raises(UserError, match=r"too little memory to index .*\.png: start where there is more"):
+            scan(folder, None)
+    assert not len(scan(folder, None).broken)
 
 
 @pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENOMEM])

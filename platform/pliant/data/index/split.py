@@ -9,9 +9,10 @@ import errno
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from pliant.data.decoding import Faulty, reason
 from pliant.data.index.table import Table
 from pliant.errors import printable
+
+T = TypeVar("T")
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _STUMBLES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network storage, mostly
@@ -150,21 +153,28 @@ def fault_of(error: OSError) -> Faulty:
 
 
 def read(path: str, offset: int, length: int) -> bytes:
-    """Up to `length` bytes of a file from `offset` on; fewer where it ends before.
-
-    Storage that stumbles is asked again, for a few seconds: what it holds is not broken.
+    """Up to `length` bytes of a file from `offset` on; fewer where it ends before. Asked for patiently.
 
     Raises:
         OSError: it cannot be read.
     """
+    return patiently(lambda: _read(path, offset, length))
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """The answer of storage, which is asked again for a few seconds if it stumbles: what it holds is not broken.
+
+    Raises:
+        OSError: there is none.
+    """
     for pause in _PAUSES_S:
         try:
-            return _read(path, offset, length)
+            return ask()
         except OSError as error:
             if error.errno not in _STUMBLES:
                 raise
             time.sleep(pause)
-    return _read(path, offset, length)
+    return ask()
 
 
 def _read(path: str, offset: int, length: int) -> bytes:
