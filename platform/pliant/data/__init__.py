@@ -2,6 +2,7 @@
 
 from pliant.data.dataset import Dataset, SplitName, open_dataset
 from pliant.data.feed import Batch, Feed
+from pliant.data.index import Fingerprint
 from pliant.data.thumbnails import thumbnails
 
-__all__ = ["Batch", "Dataset", "Feed", "SplitName", "open_dataset", "thumbnails"]
+__all__ = ["Batch", "Dataset", "Feed", "Fingerprint", "SplitName", "open_dataset", "thumbnails"]

@@ -20,6 +20,7 @@ from pliant.engine.interruption import listening
 from pliant.engine.launch import honoured
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
+from pliant.engine.sameness import require_same_as_begun, require_same_on_ranks
 from pliant.engine.saving import Saver
 from pliant.engine.schedule import Schedule, make_schedule
 from pliant.engine.telemetry import Telemetry
@@ -53,6 +54,8 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     schedule = make_schedule(experiment.recipe.stages(), experiment.optimization, feed.steps_per_epoch)
     run, found, notes = _agreed(ranks, lambda: _found(experiment))
     restored = None if found is None else found.load()
+    if restored is not None and run is not None:
+        notes += require_same_as_begun(restored.get("images"), feed.dataset.train.fingerprint, run.path)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
         experiment.recipe.start(net)
@@ -103,8 +106,13 @@ def threads_per_rank() -> int:
 
 
 def make_feed(experiment: Experiment, ranks: Ranks) -> Feed:
-    """The images of an experiment, on this rank's device."""
+    """Collective. The images of an experiment, on this rank's device.
+
+    Raises:
+        UserError: they cannot be used; or ranks see different ones.
+    """
     dataset = open_dataset(experiment.data, experiment.seed)
+    require_same_on_ranks(dataset, ranks)
     return Feed(
         dataset, experiment.data, experiment.batch, seed=experiment.seed, device=ranks.device, dtype=_dtype(experiment)
     )
