@@ -53,12 +53,12 @@ def _test_folder(root: Path) -> Path:
 
 def _read(folder: Path, classes: tuple[str, ...]) -> Pixels:
     found = class_folders(folder)
-    strangers = [name for name in found if name not in classes]
+    numbers = {name: number for number, name in enumerate(classes)}
+    strangers = [name for name in found if name not in numbers]
     if strangers:
         raise UserError(
             f"The class folder {folder / strangers[0]} is none of the {len(classes)} training classes: remove it."
         )
-    numbers = {name: number for number, name in enumerate(classes)}
     files = [(path, numbers[name]) for name in found for path in _images(folder / name)]
     if not files:
         raise UserError(f"The folder {folder} holds no images: move them to {folder}/CLASS/FILE.png.")
