@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -254,6 +255,24 @@ def test_too_many_broken_images_end_the_run(loader, folder):
     with pytest.raises(UserError, match=r"write a larger --data\.broken-share than 0\.01"):
         make_feed(folder, loader)
     trained(make_feed(folder, loader, broken_share=0.5))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_split_without_a_sound_image_ends_the_run_however_small(loader, folder):
+    for name in ("dog", "newt"):
+        shutil.rmtree(folder / "val" / name)
+    files = sorted((folder / "val" / "cat").iterdir())
+    feed = make_feed(folder, loader, broken_share=1.0)
+    for file in files[:3]:
+        damage(str(file), LATER["halved"])
+    assert [len(batch.positions) for batch in evaluated(feed, 2)] == [1]
+    damage(str(files[3]), LATER["halved"])
+    words = r"None of the 4 images in .*val that are asked for can be read, for instance .*3\.jpg \("
+    with pytest.raises(UserError, match=words):
+        evaluated(feed, 2)
+    (folder / "val" / "cat").touch()
+    with pytest.raises(UserError, match=words.replace("3", "0")):
+        make_feed(folder, loader, broken_share=1.0)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -65,7 +65,7 @@ class Faults:
 
 
 def refuse_if_many(index: Index, share: float, number: int, one: str) -> None:
-    """Refuses a split too many images of which are broken.
+    """Refuses a split too many images of which are broken, or all.
 
     Args:
         share: how many may be.
@@ -73,8 +73,13 @@ def refuse_if_many(index: Index, share: float, number: int, one: str) -> None:
         one: one of them, and why.
 
     Raises:
-        UserError: they are more than `share` of all, and more than FEW.
+        UserError: they are all there are; or more than `share` of all, and more than FEW.
     """
+    if number >= len(index):
+        raise UserError(
+            f"None of the {len(index)} images in {index.table.listing.folder} that are asked for can be read, for "
+            f"instance {one}: replace or remove them."
+        )
     most = max(FEW, int(share * len(index)))
     if number > most:
         raise UserError(
