@@ -60,7 +60,8 @@ class Data(Augmentation):
     check: Literal["strict", "header"] = "strict"
     """What is done to each image when it is indexed, once. strict: it is read, decoded and given a checksum, so that a
     broken one is known from the start and a changed one is noticed. header: only its size is read, which is faster;
-    broken images are then found while training, if the decoder notices (image folders and shards)."""
+    broken images are then found while training, if the decoder notices: DALI does not see damage below the window that
+    it cuts out (image folders and shards)."""
     broken_share: float = 0.01
     """Share of a split's images that may be broken: more than that, and more than 10, end the run. Others of their
     class stand in for them in training; in validation they are left out (image folders and shards)."""
