@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from pliant.data.plan import centre_plan, training_plan
 from pliant.errors import UserError, printable
 from pliant.experiment import Batching, Data
 from pliant.randomness import philox
-from tests.runs import command, finish, only_run
+from tests.runs import Launch, command, finish, only_run
 
 LOADERS = [
     pytest.param("dali", marks=pytest.mark.skipif(find_spec("nvidia") is None, reason="DALI is not installed")),
@@ -392,16 +393,12 @@ def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):
     assert "truncated" in index.reason(2)
 
 
-def test_a_run_goes_on_and_says_so(folder, tmp_path):
-    """From the command line to the spectrum, one of the broken images with a name that is no UTF-8."""
-    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / os.fsdecode(b"\xff.jpg")]
-    (folder / "val" / "dog" / "1.jpg").rename(broken[1])
-    for file in broken:
-        damage(str(file), BREAKING["halved"])
+def short_run(folder: Path, runs: Path) -> list[str]:
+    """The command line of three steps that take each training image once, and a validation."""
     asked: dict[str, object] = {
         "data.root": folder,
         "data.size": 32,
-        "runs": tmp_path / "runs",
+        "runs": runs,
         "recipe.network.full": 0.25,
         "batch.images": 8,
         "batch.micro": 4,
@@ -411,18 +408,50 @@ def test_a_run_goes_on_and_says_so(folder, tmp_path):
         "calibration.batch": 4,
         "log-steps": 1,
     }
-    given = [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_any_rank_meets_stands_in_the_log(folder, tmp_path):
+    broken = {str(folder / "train" / name / f"{image}.jpg") for name in ("cat", "dog", "newt") for image in (1, 5)}
+    broken.add(str(folder / "val" / "dog" / "1.jpg"))
+    for file in broken:
+        damage(file, BREAKING["halved"])
+    given = [*short_run(folder, tmp_path / "runs"), "--data.check", "header", "--data.loader", "torchvision"]
+    for status, said in Launch(command(*given, recipe="usnet_sample")).start().finish():
+        assert status == 0, said
+    log = events(only_run(tmp_path / "runs"))
+    elsewhere = {event["image"]: event["reason"] for event in log if event["event"] == "broken"}
+    assert 0 < len(elsewhere) < len(broken)
+    assert all("truncated" in reason for reason in elsewhere.values())
+    warnings = " ".join(event["text"] for event in log if event["event"] == "warning")
+    assert {file for file in broken if f"the image {file} is broken" in warnings} == broken - elsewhere.keys()
+    assert f"{len(elsewhere)} more image" in warnings
+    (end,) = [event for event in log if event["event"] == "end"]
+    assert (end["broken"], end["broken_known"]) == (len(broken), 0)
+
+
+def test_a_run_goes_on_and_says_so(folder, tmp_path):
+    """From the command line to the spectrum, one of the broken images with a name that is no UTF-8."""
+    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / os.fsdecode(b"\xff.jpg")]
+    (folder / "val" / "dog" / "1.jpg").rename(broken[1])
+    for file in broken:
+        damage(str(file), BREAKING["halved"])
+    given = short_run(folder, tmp_path / "runs")
     done = finish(command(*given, recipe="usnet_sample"))
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "runs")
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    log = events(run)
+    warnings = [event["text"] for event in log if event["event"] == "warning"]
     expected = ("1 of the 24 training images is broken, another", "1 of the 12 validation images is broken, acc")
     for file, words in zip(broken, expected, strict=True):
         assert [words in warning and printable(str(file)) in warning for warning in warnings].count(True) == 1
         assert words in done.stdout.replace("\n", " ")
-    assert events[-1]["event"] == "end"
-    assert events[-1]["broken"] == 0
+    assert log[-1]["event"] == "end"
+    assert (log[-1]["broken"], log[-1]["broken_known"]) == (0, 2)
     assert {line["images"] for line in json.loads((run / "spectrum.json").read_text())["lines"]} == {11}
     assert "top-1 on 11 images" in done.stdout
 

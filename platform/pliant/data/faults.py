@@ -3,6 +3,9 @@
 A broken image never ends a run by itself. In training and calibration another of its class stands in for it: the
 next sound one in the order of the split, whichever loader, rank or run asks. In validation it is left out, and
 accuracy is that over the others.
+
+With `data.check` header this holds for damage that a decoder meets: DALI decodes no further down than the window
+reaches, so an image cut off below it is served as sound there, where Pillow, which decodes all of it, finds it broken.
 """
 
 from __future__ import annotations
@@ -24,7 +27,11 @@ _NAMED = 10  # broken images that one line names
 
 
 class Faults:
-    """The broken images that a feed has met. Safe in threads."""
+    """The broken images that a feed has met. Safe in threads.
+
+    Each rank counts those that it meets itself, and refuses a split by its own count: with R ranks up to R times as
+    many may be met before one of them gives up. Those found when a split was indexed are counted by all.
+    """
 
     def __init__(self, share: float) -> None:
         """`share`: of a split's images that may be broken, in [0, 1]."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from pliant import record
 from pliant.data import Feed, open_dataset
+from pliant.data.index import Index
 from pliant.engine import checkpoint, folder
 from pliant.engine.compilation import compile_net, graphs_to_compile
 from pliant.engine.folder import RunFolder
@@ -26,7 +27,7 @@ from pliant.engine.schedule import Schedule, make_schedule
 from pliant.engine.telemetry import Telemetry
 from pliant.engine.trainer import Trainer
 from pliant.engine.watchdog import watchdog
-from pliant.errors import UserError
+from pliant.errors import UserError, printable
 from pliant.experiment import Experiment, differences, rule_on_resume
 from pliant.randomness import philox
 
@@ -91,9 +92,28 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
             compile_net(net, graphs)
         telemetry.event("start", step=0 if found is None else found.step, ranks=ranks.count)
         trainer.run(restored)
-        broken = feed.faults.found
-        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, broken=len(broken))
+        broken = _broken(feed, ranks, telemetry)
+        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, **broken)
     return run
+
+
+def _broken(feed: Feed, ranks: Ranks, telemetry: Telemetry) -> dict[str, int]:
+    """Collective. How many images were known to be broken, and how many were found to be while the run lasted, by all
+    ranks together; those that rank 0 has not met are told of now."""
+    own = feed.faults.found
+    met: dict[str, str] = {}
+    for theirs in ranks.all(own):
+        met |= theirs
+    for path in met.keys() - own.keys():
+        telemetry.event("broken", image=printable(path), reason=met[path])
+    elsewhere = len(met.keys() - own.keys())
+    if elsewhere:
+        telemetry.warn(
+            f"{_count(elsewhere, 'more image')} turned out to be broken on other ranks; log.jsonl names all."
+        )
+    dataset = feed.dataset
+    splits = [split for split in (dataset.train, dataset.held_out, dataset.val) if isinstance(split, Index)]
+    return {"broken": len(met), "broken_known": sum(len(split.broken) for split in splits)}
 
 
 def threads_per_rank() -> int:
