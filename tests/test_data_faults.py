@@ -333,6 +333,29 @@ def test_what_dali_alone_cannot_decode_pillow_does(folder):
     assert "DALI cannot decode" in told[0]
 
 
+def test_where_dali_fails_for_good_the_run_ends_instead_of_crawling(folder):
+    """DALI decodes no image of one bit; a batch that it decodes begins the count anew."""
+    pytest.importorskip("nvidia.dali")
+    for number in range(2):
+        (folder / "train" / "cat" / f"{number}.jpg").unlink()
+    write(folder / "train" / "cat" / "0.jpg", 64, 64)
+    Image.fromarray(np.eye(64, dtype=np.bool_)).save(folder / "train" / "cat" / "1.tif")
+    index = scan(folder / "train", None)
+    plan = centre_plan(index.sizes[:1], Data(size=16))
+    served: list[int] = []
+
+    def serve(order: list[int]) -> None:
+        loader = DaliLoader(index, 2, torch.device("cpu"))
+        for request, _ in loader.stream([Request(np.array([position]), plan) for position in order]):
+            served.extend(request.positions.tolist())
+
+    serve([*[1] * 7, 0, *[1] * 7])
+    assert served == [*[1] * 7, 0, *[1] * 7]
+    with pytest.raises(UserError, match=r"cannot decode 8 batches in a row .*: write --data\.loader torchvision\.$"):
+        serve([0, *[1] * 12])
+    assert served[15:] == [0, *[1] * 7]
+
+
 def odd_images(root: Path) -> dict[str, Path]:
     """What decodes, however unusual: by kind."""
     generator = np.random.default_rng(1)

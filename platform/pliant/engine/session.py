@@ -104,13 +104,12 @@ def _broken(feed: Feed, ranks: Ranks, telemetry: Telemetry) -> dict[str, int]:
     met: dict[str, str] = {}
     for theirs in ranks.all(own):
         met |= theirs
-    for path in met.keys() - own.keys():
+    elsewhere = sorted(met.keys() - own.keys())
+    for path in elsewhere:
         telemetry.event("broken", image=printable(path), reason=met[path])
-    elsewhere = len(met.keys() - own.keys())
     if elsewhere:
-        telemetry.warn(
-            f"{_count(elsewhere, 'more image')} turned out to be broken on other ranks; log.jsonl names all."
-        )
+        more = _count(len(elsewhere), "more image")
+        telemetry.warn(f"{more} turned out to be broken on other ranks; log.jsonl names all.")
     dataset = feed.dataset
     splits = [split for split in (dataset.train, dataset.held_out, dataset.val) if isinstance(split, Index)]
     return {"broken": len(met), "broken_known": sum(len(split.broken) for split in splits)}
