@@ -349,6 +349,29 @@ def test_validation_images_that_are_not_sorted_into_classes(image_folder):
     assert f"{image_folder / 'val'} holds no class folders" in refusal(image_folder)
 
 
+def test_a_folder_named_like_an_image_keeps_its_images(image_folder, draw_image):
+    folder = image_folder / "train" / "dog"
+    draw_image(folder / "holiday.jpg" / "a.png", 9, 9)
+    (folder / "linked.png").symlink_to(folder / "holiday.jpg")
+    (folder / "nowhere.png").symlink_to(folder / "nowhere.png")
+    index = scan(image_folder / "train", None)
+    names = [index.path(position).removeprefix(f"{folder}/") for position in range(8, len(index) - 8)]
+    assert names == [*(f"{number}.png" for number in range(8)), "holiday.jpg/a.png", "linked.png/a.png", "nowhere.png"]
+    assert index.broken.tolist() == [8 + 10]
+
+
+@pytest.mark.parametrize("target", ["..", "../../dog/more", "again", "../../newt"])
+def test_a_link_that_leads_back_is_named(target, image_folder):
+    (image_folder / "train" / "dog" / "more").mkdir()
+    link = image_folder / "train" / "dog" / "more" / "again"
+    link.symlink_to(target)
+    if "newt" in target:
+        (image_folder / "train" / "newt" / "back").symlink_to("../dog")
+        link = image_folder / "train" / "dog" / "more" / "again" / "back"
+    said = refusal(image_folder)
+    assert re.fullmatch(f"The link {link} leads back to itself: remove it.", said)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_without_permission_is_named(image_folder):
     folder = image_folder / "train" / "dog"
