@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pliant import record
+from pliant.cores import usable_cores
 from pliant.data import Feed, open_dataset
 from pliant.data.index import Index
 from pliant.engine import checkpoint, folder
@@ -120,8 +121,7 @@ def threads_per_rank() -> int:
 
     Launchers set OMP_NUM_THREADS to 1, as suits machines with GPUs; on CPUs that leaves cores idle.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def make_feed(experiment: Experiment, ranks: Ranks) -> Feed:

@@ -20,6 +20,7 @@ from itertools import repeat
 import numpy as np
 from PIL import Image
 
+from pliant.cores import usable_cores
 from pliant.data.decoding import Faulty, check, reason, size_of
 from pliant.data.index.split import patiently, read
 from pliant.data.index.table import Listing, Table
@@ -27,7 +28,7 @@ from pliant.errors import UserError, printable
 
 _log = logging.getLogger(__name__)
 
-READERS = max(8, os.cpu_count() or 1)  # threads: on slow storage they wait more than they compute
+READERS = max(8, usable_cores())  # threads: on slow storage they wait more than they compute
 _CHUNK = 256  # images opened by one task of a thread
 _HEADER = 1 << 16  # bytes of an image in a shard that are read for its size
 _QUIET_S = 5.0  # a scan that takes less says nothing
