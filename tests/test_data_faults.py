@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pliant.data import Batch, Feed, open_dataset
+from pliant.data import Batch, Feed, open_dataset, thumbnails
 from pliant.data.faults import FEW
 from pliant.data.index import Index, scan
 from pliant.data.loaders import Request
@@ -238,6 +238,22 @@ def test_validation_leaves_broken_images_out_and_counts_each_other_once(batch, r
     assert len(feed.faults.found) == 4
     (note,) = feed.dataset.notes()
     assert "1 of the 12 validation images is broken, accuracy is over the 11 others" in note
+
+
+def test_a_broken_image_is_left_out_of_a_picture(folder):
+    index = scan(folder / "val", None)
+    positions = np.array([7, 2, 0, 11])
+    whole, shown = thumbnails(index, positions, 24)
+    assert whole.shape == (4, 24, 24, 3)
+    assert shown.tolist() == [0, 1, 2, 3]
+    damage(index.path(2), LATER["halved"])
+    damage(index.path(11), LATER["gone"])
+    pictures, shown = thumbnails(index, positions, 24)
+    assert shown.tolist() == [0, 2]
+    np.testing.assert_array_equal(pictures, whole[[0, 2]])
+    nothing, shown = thumbnails(index, np.array([2, 11]), 24)
+    assert nothing.shape == (0, 24, 24, 3)
+    assert shown.tolist() == []
 
 
 @pytest.mark.parametrize("loader", LOADERS)

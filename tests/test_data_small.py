@@ -3,7 +3,9 @@ is named."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -218,6 +220,20 @@ def test_class_folders_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "test" / "zebra").mkdir()
     assert "none of the 10 training classes" in refusal(source="cifar10", root=tmp_path)
     assert "leave --data.extra out" in refusal(source="svhn", root=tmp_path, extra=True)
+
+
+def test_a_class_folder_that_is_not_ours_to_read_is_named(tmp_path, monkeypatch):
+    write_folders(tmp_path, cifar10.CLASSES)
+    listed = Path.iterdir
+
+    def guarded(folder: Path):
+        if folder == tmp_path / "test" / "cat":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    said = refusal(source="cifar10", root=tmp_path)
+    assert f"The class folder {tmp_path}/test/cat cannot be read (Permission denied): mend its permissions" in said
 
 
 def test_digits_are_never_mirrored_and_colours_are_normalised_by_the_source(tmp_path):

@@ -69,8 +69,17 @@ def _read(folder: Path, classes: tuple[str, ...]) -> Pixels:
 
 def _images(folder: Path) -> list[Path]:
     """The image files of a class folder. Where their names are numbers, as `12.png`, they are still sorted as text:
-    any order will do that is always the same."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    any order will do that is always the same.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    except OSError as error:
+        raise UserError(
+            f"The class folder {folder} cannot be read ({error.strerror}): mend its permissions or remove it."
+        ) from None
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:
