@@ -55,6 +55,8 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     feed = make_feed(experiment, ranks)
     schedule = make_schedule(experiment.recipe.stages(), experiment.optimization, feed.steps_per_epoch)
     run, found, notes = _agreed(ranks, lambda: _found(experiment))
+    if run is None:
+        experiment.data.refuse_idle()
     restored = None if found is None else found.load()
     if restored is not None and run is not None:
         notes += require_same_as_begun(restored.get("images"), feed.dataset.train.fingerprint, run.path)
