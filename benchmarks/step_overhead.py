@@ -26,8 +26,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -36,6 +38,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from pliant.data import Batch
+from pliant.data.index import Pixels
 from pliant.engine.backends import wrap
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption
@@ -101,7 +104,7 @@ class MemoryFeed:
     """Stands in for the images: the same few batches for ever."""
 
     loader = "memory"
-    dataset = None
+    dataset = SimpleNamespace(train=Pixels(np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int32), ()))
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches

@@ -6,8 +6,6 @@ import errno
 import os
 import random
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,20 +188,6 @@ def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path):
     (tmp_path / "step-00000008").write_text("a file")
     assert steps(tmp_path) == [5]
     assert checkpoint.newest(tmp_path).path == path
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_full_disk_leaves_nothing_of_the_new_checkpoint_and_all_of_the_old(small_disk):

@@ -1,10 +1,15 @@
 """An index is built by one process, whole or not at all, and what it costs with 1.28 million images."""
 
+import errno
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ import pytest
 
 from pliant.data.index import scan
 from pliant.data.index.cache import stamp, table_file
+from pliant.data.index.examine import examine
 from pliant.data.index.folders import joined
 from pliant.data.index.table import Listing, Table, write_table
 
@@ -72,7 +78,9 @@ def killed(process: subprocess.Popen[str]) -> None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.suffix for path in table_file(folder, "folder").parent.iterdir() if path.suffix != ".lock")
+    return sorted(
+        "".join(path.suffixes) for path in table_file(folder, "folder").parent.iterdir() if path.suffix != ".lock"
+    )
 
 
 def test_of_several_processes_one_builds(image_folder):
@@ -109,12 +117,17 @@ import os, signal, sys
 from pathlib import Path
 from pliant.data.index import scan, table
 
-def killed(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+instant = sys.argv[2]
+going_on = getattr(os, instant)
+
+def killed(*given):
+    if any(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.partial.*")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return going_on(*given)
 
 print("ready", flush=True)
 sys.stdin.readline()
-setattr(table.os, sys.argv[2], killed)
+setattr(table.os, instant, killed)
 scan(Path(sys.argv[1]), None)
 """
 
@@ -125,11 +138,78 @@ def test_killed_while_it_writes_leaves_no_index(instant, image_folder, monkeypat
     process = builder(folder, instant, KILLED_WRITING)
     begin(process)
     killed(process)
-    assert leftovers(folder) == [".partial"]
+    assert leftovers(folder) == [".partial.safetensors"]
     assert len(scan(folder, None)) == 24
     assert leftovers(folder) == [".safetensors"]
     monkeypatch.setattr("pliant.data.index.folders.examine", None)  # not needed again
     assert len(scan(folder, None)) == 24
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What is warned of."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pliant").addHandler(handler)
+    yield messages
+    logging.getLogger("pliant").removeHandler(handler)
+
+
+def test_a_full_disk_is_named_before_the_scan_and_nobody_waits(small_disk, image_folder, heard, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    folder, said = image_folder / "train", []
+
+    def examining(listing: Listing, *, strict: bool) -> Table:
+        said.append(list(heard))
+        assert not list(small_disk.rglob("*.lock"))
+        return examine(listing, strict=strict)
+
+    monkeypatch.setattr("pliant.data.index.folders.examine", examining)
+    assert len(scan(folder, None)) == 24
+    (line,) = said[0]
+    assert f"the index of {folder} cannot be kept in {small_disk}/pliant (No space left on device)" in line
+    assert "set XDG_CACHE_HOME to a folder that can be written." in line
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
+
+
+def test_a_disk_that_fills_while_images_are_read_costs_the_index_alone(image_folder, heard, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = image_folder / "train"
+    monkeypatch.setattr("pliant.data.index.table.save", full)
+    assert len(scan(folder, None)) == 24
+    assert ["(No space left on device)" in line for line in heard] == [True]
+    assert leftovers(folder) == []
+
+
+def test_a_user_without_a_home_is_told(image_folder, heard, monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert len(scan(image_folder / "train", None)) == 24
+    assert ["(there is no home)" in line for line in heard] == [True]
+
+
+def test_without_locks_those_who_write_at_once_do_not_meet(image_folder, heard, monkeypatch):
+    """Both are between their last byte and the renaming."""
+    folder, renaming, meeting = image_folder / "train", os.replace, threading.Barrier(2, timeout=20)
+
+    def met(source: Path, target: Path) -> None:
+        if ".partial." in source.name:
+            meeting.wait()
+        renaming(source, target)
+
+    monkeypatch.setattr("pliant.data.index.cache._locked", lambda *_: None)
+    monkeypatch.setattr("pliant.aside.os.replace", met)
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(lambda _: scan(folder, None), range(2)))
+    assert [len(index) for index in found] == [24, 24]
+    assert heard == []
+    assert leftovers(folder) == [".safetensors"]
 
 
 CLASSES, IMAGES = 1000, 1_281_167

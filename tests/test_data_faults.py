@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pliant.data import Batch, Feed, open_dataset
+from pliant.data import Batch, Feed, open_dataset, thumbnails
 from pliant.data.faults import FEW
 from pliant.data.index import Index, scan
 from pliant.data.loaders import Request
 from pliant.data.loaders.dali import DaliLoader
 from pliant.data.loaders.torchvision import TorchvisionLoader
 from pliant.data.plan import centre_plan, training_plan
-from pliant.errors import UserError
+from pliant.errors import UserError, printable
 from pliant.experiment import Batching, Data
 from pliant.randomness import philox
-from tests.runs import command, finish, only_run
+from tests.runs import Launch, command, finish, only_run
 
 LOADERS = [
     pytest.param("dali", marks=pytest.mark.skipif(find_spec("nvidia") is None, reason="DALI is not installed")),
@@ -238,6 +240,22 @@ def test_validation_leaves_broken_images_out_and_counts_each_other_once(batch, r
     assert "1 of the 12 validation images is broken, accuracy is over the 11 others" in note
 
 
+def test_a_broken_image_is_left_out_of_a_picture(folder):
+    index = scan(folder / "val", None)
+    positions = np.array([7, 2, 0, 11])
+    whole, shown = thumbnails(index, positions, 24)
+    assert whole.shape == (4, 24, 24, 3)
+    assert shown.tolist() == [0, 1, 2, 3]
+    damage(index.path(2), LATER["halved"])
+    damage(index.path(11), LATER["gone"])
+    pictures, shown = thumbnails(index, positions, 24)
+    assert shown.tolist() == [0, 2]
+    np.testing.assert_array_equal(pictures, whole[[0, 2]])
+    nothing, shown = thumbnails(index, np.array([2, 11]), 24)
+    assert nothing.shape == (0, 24, 24, 3)
+    assert shown.tolist() == []
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_too_many_broken_images_end_the_run(loader, folder):
     for image in range(FEW // 2):
@@ -254,6 +272,24 @@ def test_too_many_broken_images_end_the_run(loader, folder):
     with pytest.raises(UserError, match=r"write a larger --data\.broken-share than 0\.01"):
         make_feed(folder, loader)
     trained(make_feed(folder, loader, broken_share=0.5))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_split_without_a_sound_image_ends_the_run_however_small(loader, folder):
+    for name in ("dog", "newt"):
+        shutil.rmtree(folder / "val" / name)
+    files = sorted((folder / "val" / "cat").iterdir())
+    feed = make_feed(folder, loader, broken_share=1.0)
+    for file in files[:3]:
+        damage(str(file), LATER["halved"])
+    assert [len(batch.positions) for batch in evaluated(feed, 2)] == [1]
+    damage(str(files[3]), LATER["halved"])
+    words = r"None of the 4 images in .*val that are asked for can be read, for instance .*3\.jpg \("
+    with pytest.raises(UserError, match=words):
+        evaluated(feed, 2)
+    (folder / "val" / "cat").touch()
+    with pytest.raises(UserError, match=words.replace("3", "0")):
+        make_feed(folder, loader, broken_share=1.0)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -311,6 +347,29 @@ def test_what_dali_alone_cannot_decode_pillow_does(folder):
     assert feed.faults.found == {}
     assert len(told) == 1
     assert "DALI cannot decode" in told[0]
+
+
+def test_where_dali_fails_for_good_the_run_ends_instead_of_crawling(folder):
+    """DALI decodes no image of one bit; a batch that it decodes begins the count anew."""
+    pytest.importorskip("nvidia.dali")
+    for number in range(2):
+        (folder / "train" / "cat" / f"{number}.jpg").unlink()
+    write(folder / "train" / "cat" / "0.jpg", 64, 64)
+    Image.fromarray(np.eye(64, dtype=np.bool_)).save(folder / "train" / "cat" / "1.tif")
+    index = scan(folder / "train", None)
+    plan = centre_plan(index.sizes[:1], Data(size=16))
+    served: list[int] = []
+
+    def serve(order: list[int]) -> None:
+        loader = DaliLoader(index, 2, torch.device("cpu"))
+        for request, _ in loader.stream([Request(np.array([position]), plan) for position in order]):
+            served.extend(request.positions.tolist())
+
+    serve([*[1] * 7, 0, *[1] * 7])
+    assert served == [*[1] * 7, 0, *[1] * 7]
+    with pytest.raises(UserError, match=r"cannot decode 8 batches in a row .*: write --data\.loader torchvision\.$"):
+        serve([0, *[1] * 12])
+    assert served[15:] == [0, *[1] * 7]
 
 
 def odd_images(root: Path) -> dict[str, Path]:
@@ -373,15 +432,12 @@ def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):
     assert "truncated" in index.reason(2)
 
 
-def test_a_run_goes_on_and_says_so(folder, tmp_path):
-    """From the command line to the spectrum."""
-    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / "1.jpg"]
-    for file in broken:
-        damage(str(file), BREAKING["halved"])
+def short_run(folder: Path, runs: Path) -> list[str]:
+    """The command line of three steps that take each training image once, and a validation."""
     asked: dict[str, object] = {
         "data.root": folder,
         "data.size": 32,
-        "runs": tmp_path / "runs",
+        "runs": runs,
         "recipe.network.full": 0.25,
         "batch.images": 8,
         "batch.micro": 4,
@@ -391,17 +447,65 @@ def test_a_run_goes_on_and_says_so(folder, tmp_path):
         "calibration.batch": 4,
         "log-steps": 1,
     }
-    given = [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_any_rank_meets_stands_in_the_log(folder, tmp_path):
+    broken = {str(folder / "train" / name / f"{image}.jpg") for name in ("cat", "dog", "newt") for image in (1, 5)}
+    broken.add(str(folder / "val" / "dog" / "1.jpg"))
+    for file in broken:
+        damage(file, BREAKING["halved"])
+    given = [*short_run(folder, tmp_path / "runs"), "--data.check", "header", "--data.loader", "torchvision"]
+    for status, said in Launch(command(*given, recipe="usnet_sample")).start().finish():
+        assert status == 0, said
+    log = events(only_run(tmp_path / "runs"))
+    elsewhere = {event["image"]: event["reason"] for event in log if event["event"] == "broken"}
+    assert 0 < len(elsewhere) < len(broken)
+    assert all("truncated" in reason for reason in elsewhere.values())
+    warnings = " ".join(event["text"] for event in log if event["event"] == "warning")
+    assert {file for file in broken if f"the image {file} is broken" in warnings} == broken - elsewhere.keys()
+    assert f"{len(elsewhere)} more image" in warnings
+    (end,) = [event for event in log if event["event"] == "end"]
+    assert (end["broken"], end["broken_known"]) == (len(broken), 0)
+
+
+def test_a_run_goes_on_and_says_so(folder, tmp_path):
+    """From the command line to the spectrum, one of the broken images with a name that is no UTF-8."""
+    broken = [folder / "train" / "cat" / "2.jpg", folder / "val" / "dog" / os.fsdecode(b"\xff.jpg")]
+    (folder / "val" / "dog" / "1.jpg").rename(broken[1])
+    for file in broken:
+        damage(str(file), BREAKING["halved"])
+    given = short_run(folder, tmp_path / "runs")
     done = finish(command(*given, recipe="usnet_sample"))
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "runs")
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    log = events(run)
+    warnings = [event["text"] for event in log if event["event"] == "warning"]
     expected = ("1 of the 24 training images is broken, another", "1 of the 12 validation images is broken, acc")
     for file, words in zip(broken, expected, strict=True):
-        assert [words in warning and str(file) in warning for warning in warnings].count(True) == 1
+        assert [words in warning and printable(str(file)) in warning for warning in warnings].count(True) == 1
         assert words in done.stdout.replace("\n", " ")
-    assert events[-1]["event"] == "end"
-    assert events[-1]["broken"] == 0
+    assert log[-1]["event"] == "end"
+    assert (log[-1]["broken"], log[-1]["broken_known"]) == (0, 2)
     assert {line["images"] for line in json.loads((run / "spectrum.json").read_text())["lines"]} == {11}
     assert "top-1 on 11 images" in done.stdout
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_image_whose_name_is_no_text_is_served_and_named_as_a_terminal_shows_it(loader, folder):
+    names = [folder / "train" / "dog" / os.fsdecode(name) for name in (b"\xe9t\xe9.jpg", b"\xff.jpg")]
+    for number, name in enumerate(names):
+        (folder / "train" / "dog" / f"{number}.jpg").rename(name)
+    feed = make_feed(folder, loader)
+    damage(str(names[1]), LATER["gone"])
+    told: list[str] = []
+    feed.faults.tell = told.append
+    positions = torch.cat([batch.positions for batch in trained(feed)]).tolist()
+    assert 14 in positions
+    assert feed.faults.found.keys() == {str(names[1])}
+    assert [r"train/dog/\xff.jpg is broken" in text for text in told] == [True]
+    "".join(told).encode()  # raises where it cannot be printed

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from pliant.data import Feed, open_dataset
 from pliant.data.dataset import held_out_positions
-from pliant.data.decoding import Faulty
+from pliant.data.decoding import Faulty, size_of
 from pliant.data.index import scan
 from pliant.data.index.split import read
 from pliant.errors import UserError
@@ -119,6 +121,20 @@ def test_cache_serves_until_a_folder_changes(image_folder, opened, draw_image):
         assert not opened
 
 
+def test_copies_that_take_turns_at_one_path_are_each_indexed_once(image_folder, opened, tmp_path):
+    """As on machines that share a home, each with a copy on a disk of its own."""
+    folder, one, other = image_folder / "train", tmp_path / "one", tmp_path / "other"
+    shutil.copytree(folder, other)
+    for _ in range(2):
+        scan(folder, None)
+        folder.rename(one)
+        other.rename(folder)
+        scan(folder, None)
+        folder.rename(other)
+        one.rename(folder)
+    assert len(opened) == 2 * 24
+
+
 def test_a_file_changed_in_its_place_is_noticed_when_it_is_read(image_folder, opened, draw_image):
     folder = image_folder / "train"
     files = [Path(scan(folder, None).path(position)) for position in range(3)]
@@ -168,6 +184,60 @@ def test_storage_that_stumbles_is_asked_again(image_folder, monkeypatch):
     monkeypatch.setattr("pliant.data.index.split.os.open", stumbling)
     assert index.encoded(3) == whole
     assert asked == [index.path(3)] * 3
+
+
+def failing_at(file: Path, error: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for this file meets the error, whichever call it makes; all others are served."""
+
+    def failing(call: Callable[..., object]) -> Callable[..., object]:
+        def instead(path: object, *given: object, **more: object) -> object:
+            if path == str(file):
+                raise error
+            return call(path, *given, **more)
+
+        return instead
+
+    patch.setattr("pliant.data.index.split._PAUSES_S", (0.0, 0.0))
+    patch.setattr("pliant.data.index.split.os.open", failing(os.open))
+    patch.setattr("pliant.data.index.examine.size_of", failing(size_of))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.EREMOTEIO])
+def test_storage_that_fails_while_indexing_breaks_no_image_for_good(failure, strict, image_folder, opened):
+    folder = image_folder / "train"
+    file = folder / "dog" / "3.png"
+    with pytest.MonkeyPatch.context() as patch:
+        failing_at(file, OSError(failure, os.strerror(failure)), patch)
+        with pytest.raises(UserError) as caught:
+            scan(folder, None, strict=strict)
+    said = one_sentence(str(caught.value))
+    assert f"{file} could not be read while it was indexed ({os.strerror(failure)})" in said
+    assert not len(scan(folder, None, strict=strict).broken)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fault", [errno.ENOENT, errno.EACCES, errno.ELOOP])
+def test_a_file_that_is_not_ours_to_read_or_leads_nowhere_is_broken(fault, strict, image_folder):
+    folder = image_folder / "train"
+    with pytest.MonkeyPatch.context() as patch:
+        failing_at(folder / "dog" / "3.png", OSError(fault, os.strerror(fault)), patch)
+        index = scan(folder, None, strict=strict)
+    assert index.broken.tolist() == [11]
+    assert index.reason(11) == os.strerror(fault)
+
+
+def test_too_little_memory_while_indexing_breaks_no_image_for_good(image_folder, monkeypatch):
+    folder = image_folder / "train"
+
+    def exhausted(encoded: bytes) -> tuple[int, int]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pliant.data.index.examine.check", exhausted)
+        with pytest.raises(UserError, match=r"too little memory to index .*\.png: start where there is more"):
+            scan(folder, None)
+    assert not len(scan(folder, None).broken)
 
 
 @pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENOMEM])
@@ -277,6 +347,29 @@ def test_validation_images_that_are_not_sorted_into_classes(image_folder):
     for name in ("cat", "dog", "newt"):
         (image_folder / "val" / name).rename(image_folder / name)
     assert f"{image_folder / 'val'} holds no class folders" in refusal(image_folder)
+
+
+def test_a_folder_named_like_an_image_keeps_its_images(image_folder, draw_image):
+    folder = image_folder / "train" / "dog"
+    draw_image(folder / "holiday.jpg" / "a.png", 9, 9)
+    (folder / "linked.png").symlink_to(folder / "holiday.jpg")
+    (folder / "nowhere.png").symlink_to(folder / "nowhere.png")
+    index = scan(image_folder / "train", None)
+    names = [index.path(position).removeprefix(f"{folder}/") for position in range(8, len(index) - 8)]
+    assert names == [*(f"{number}.png" for number in range(8)), "holiday.jpg/a.png", "linked.png/a.png", "nowhere.png"]
+    assert index.broken.tolist() == [8 + 10]
+
+
+@pytest.mark.parametrize("target", ["..", "../../dog/more", "again", "../../newt"])
+def test_a_link_that_leads_back_is_named(target, image_folder):
+    (image_folder / "train" / "dog" / "more").mkdir()
+    link = image_folder / "train" / "dog" / "more" / "again"
+    link.symlink_to(target)
+    if "newt" in target:
+        (image_folder / "train" / "newt" / "back").symlink_to("../dog")
+        link = image_folder / "train" / "dog" / "more" / "again" / "back"
+    said = refusal(image_folder)
+    assert re.fullmatch(f"The link {link} leads back to itself: remove it.", said)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

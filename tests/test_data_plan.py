@@ -7,7 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from pliant.data import plan as plan_module
+from pliant.data.index import scan
+from pliant.data.loaders import execute
+from pliant.data.loaders.torchvision import TorchvisionLoader
 from pliant.data.plan import PAD, centre_plan, padded_plan, training_plan
 from pliant.experiment import Data
 from pliant.randomness import philox
@@ -100,6 +105,60 @@ def test_centre_plan_has_the_numbers_of_torchvision(resize, height, width):
     inside = (cropped[0] > 0).nonzero()
     corner = cropped[:, inside[0, 0], inside[0, 1]] - 1
     assert tuple(plan.offset[0]) == tuple((corner - inside[0]).tolist())
+
+
+@settings(deadline=None)
+@given(
+    short=st.integers(1, 40),
+    long=st.integers(1, 100_000),
+    size=st.integers(1, 300),
+    resize=st.one_of(st.none(), st.integers(1, 600)),
+    upright=st.booleans(),
+)
+def test_no_image_grows_to_an_enormous_one(short, long, size, resize, upright):
+    """Whatever its sides, and the square that is fed still lies where it did, to half a pixel."""
+    sizes = np.array([(long, short) if upright else (short, long)], np.int32)
+    data = Data(size=size, resize=resize)
+    plan = centre_plan(sizes, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_ENORMOUS", 1 << 62)
+        whole = centre_plan(sizes, data)
+    shorter = whole.resized.min()
+    assert plan.resized.astype(np.int64).prod() <= max(1 << 24, shorter**2 * (-(-size // shorter) + 3))
+    if np.array_equal(plan.window, whole.window):
+        np.testing.assert_array_equal(plan.resized, whole.resized)
+        np.testing.assert_array_equal(plan.offset, whole.offset)
+        return
+    assert (plan.window[:, :2] >= 0).all()
+    assert (plan.window[:, :2] + plan.window[:, 2:] <= sizes).all()
+    axis = int(sizes[0].argmax())
+    assert 0 <= plan.offset[0, axis] <= plan.resized[0, axis] - size
+    # Where the square's middle lies in the stored image, in resized pixels.
+    scale = shorter / sizes.min()
+    middles = []
+    for one in (plan, whole):
+        stored = one.window[0, axis + 2] / one.resized[0, axis]
+        middles.append(scale * (one.window[0, axis] + (one.offset[0, axis] + size / 2) * stored))
+    assert abs(middles[0] - middles[1]) <= 1.01  # each is rounded to a pixel
+
+
+@pytest.mark.parametrize("height_width", [(3, 900), (4, 901), (800, 2), (1, 500)])
+def test_without_its_far_ends_an_image_looks_the_same(height_width, tmp_path, own_cache, monkeypatch):
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        pixels = generator.integers(0, 256, (*height_width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "x.png")
+    index = scan(tmp_path, None)
+    served = []
+    for enormous in (1 << 62, 0):
+        monkeypatch.setattr(plan_module, "_ENORMOUS", enormous)
+        plan = centre_plan(index.sizes, Data(size=64))
+        loader = TorchvisionLoader(index, 1, torch.device("cpu"))
+        served.append(execute(loader, np.arange(2), plan).float())
+    assert plan.window[0, 2:].max() < max(height_width)
+    assert (served[0] - served[1]).abs().mean() < 3.0  # half a pixel of noise
+    assert served[0].std() > 20
 
 
 def test_switching_one_augmentation_on_leaves_the_others_alone():

@@ -2,9 +2,11 @@
 
 import io
 import tarfile
+import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 
 from pliant.data import Feed, open_dataset
 from pliant.data.index import scan_shards
+from pliant.data.index.shards import _class_names
+from pliant.data.sources.folder import read_class_list
 from pliant.errors import UserError
 from pliant.experiment import Batching, Data
 
@@ -119,6 +123,59 @@ def test_class_numbers_are_labels_and_a_list_names_them(image_folder, tmp_path):
     np.testing.assert_array_equal(named.labels, index.labels)
     with pytest.raises(UserError, match="class 5 of the shards"):
         scan_shards(tmp_path, "train-*.tar", names[:5])
+
+
+def test_names_of_numbers_lie_beside_the_shards(image_folder, tmp_path):
+    """As `pliant data` writes them; a list of the user's own counts more, and names of folders are names already."""
+    for split in ("train", "val"):
+        pack(tmp_path / f"{split}-000000.tar", as_samples(image_folder / split, NUMBERS))
+    (tmp_path / "classes.txt").write_text("ant\ncat\ndog\nnewt\n")
+    (tmp_path / "own.txt").write_text("x\ny\nz\n")
+    dataset = open_dataset(Data(source="shards", root=tmp_path), 0)
+    assert dataset.classes == dataset.split("val").classes == ("ant", "cat", "dog", "newt")
+    assert np.bincount(dataset.train.labels).tolist() == [8, 8, 8]
+    assert dataset.num_classes == 4
+    assert open_dataset(Data(source="shards", root=tmp_path, class_list=tmp_path / "own.txt"), 0).classes == tuple(
+        "xyz"
+    )
+    (tmp_path / "classes.txt").write_text("ant\ncat\n")
+    assert "class 2 of the shards" in refusal(tmp_path)
+    for split in ("train", "val"):
+        pack(tmp_path / f"{split}-000000.tar", as_folders(image_folder / split))
+    assert open_dataset(Data(source="shards", root=tmp_path), 0).classes == ("cat", "dog", "newt")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_that_are_not_all_in_their_place_are_refused(split, image_folder, tmp_path):
+    """`pliant data` was stopped while it moved them, or before."""
+    for name in ("train", "val"):
+        members = as_folders(image_folder / name)
+        for number in range(3):
+            pack(tmp_path / f"{name}-{number:06d}.tar", members[number::3])
+    data, whole = Data(source="shards", root=tmp_path), {"train": 24, "val": 9}
+    content = tmp_path / f".{split}.partial" / "content"
+    content.mkdir(parents=True)
+    assert len(open_dataset(data, 0).split(split)) == whole[split]  # it was stopped before it removed that folder
+    first = (tmp_path / f"{split}-000000.tar").rename(content / f"{split}-000000.tar")
+    assert f"The shards of {split} in {tmp_path} are not finished: give the command of pliant data" in refusal(tmp_path)
+    content.parent.rename(tmp_path / "elsewhere")
+    assert f"The shards of {split} in {tmp_path} lack {split}-000000.tar" in refusal(tmp_path)
+    (tmp_path / "elsewhere" / "content" / first.name).rename(tmp_path / f"{split}-000000.tar")
+    (tmp_path / f"{split}-000001.tar").rename(tmp_path / "elsewhere" / "1")
+    assert f"The shards of {split} in {tmp_path} lack {split}-000001.tar" in refusal(tmp_path)
+    (tmp_path / f"{split}-000002.tar").unlink()
+    assert len(open_dataset(data, 0).split(split)) < whole[split]  # how many there were, the names do not tell
+
+
+def test_a_hundred_thousand_classes_are_told_apart_in_no_time(tmp_path):
+    """A list as long as a million classes would be looked through for minutes if each were sought one by one."""
+    names = [f"class{number:06d}" for number in range(100_000)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    began = time.process_time()
+    assert read_class_list(tmp_path / "list.txt") == tuple(names)
+    listing = SimpleNamespace(classes=tuple(reversed(names)), numbered=False, folder=tmp_path)
+    assert _class_names(listing, names, None)[1] == listing.classes  # type: ignore[arg-type]
+    assert time.process_time() - began < 5.0
 
 
 def test_folders_that_are_numbers_stay_names(image_folder, tmp_path):

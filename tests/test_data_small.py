@@ -3,7 +3,9 @@ is named."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -220,6 +222,20 @@ def test_class_folders_that_do_not_fit_are_named(tmp_path):
     assert "leave --data.extra out" in refusal(source="svhn", root=tmp_path, extra=True)
 
 
+def test_a_class_folder_that_is_not_ours_to_read_is_named(tmp_path, monkeypatch):
+    write_folders(tmp_path, cifar10.CLASSES)
+    listed = Path.iterdir
+
+    def guarded(folder: Path):
+        if folder == tmp_path / "test" / "cat":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    said = refusal(source="cifar10", root=tmp_path)
+    assert f"The class folder {tmp_path}/test/cat cannot be read (Permission denied): mend its permissions" in said
+
+
 def test_digits_are_never_mirrored_and_colours_are_normalised_by_the_source(tmp_path):
     roots = {
         "svhn": write_folders(tmp_path / "s", svhn.CLASSES),
@@ -268,3 +284,14 @@ def test_a_recipe_for_cifar10_trains_on_the_other_small_datasets(tmp_path, sourc
     first = next(iter(steps[0]["losses"].values()))
     # A fresh network's cross-entropy lies near that of a guess, and so tells how many classes it has.
     assert abs(first - np.log(100 if source == "cifar100" else 10)) < 1.5
+
+
+def test_a_new_run_is_refused_a_setting_that_would_have_no_effect(tmp_path, capsys):
+    root = write_cifar100(tmp_path / "data", "bin").parent
+    where = ["--data.source", "cifar100", "--data.root", str(root), "--runs", str(tmp_path / "runs")]
+    small = ["--batch.images", "4", "--batch.micro", "4", "--data.held-out", "0", "--data.jitter", "0.4"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", str(REPOSITORY / "recipes" / "skipnet_cifar10.py"), *where, *small])
+    assert caught.value.code == 2
+    assert "error: --data.source cifar100 has no use for --data.jitter, as its images" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

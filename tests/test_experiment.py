@@ -191,7 +191,7 @@ def test_whatever_changes_the_training_is_fixed_on_resume():
     }
     free |= {f"calibration.{item.name}" for item in dataclasses.fields(Calibration)}
     free |= {f"saving.{item.name}" for item in dataclasses.fields(Saving)}
-    warned = {"data.root", "data.loader", "compile", "backend", "deepspeed_config"}
+    warned = {"data.root", "data.loader", "data.check", "compile", "backend", "deepspeed_config"}
     for name in names_of(UNUSUAL):
         expected = "free" if name in free else "warned" if name in warned else "fixed"
         assert rule_on_resume(name) == expected, name
@@ -210,6 +210,37 @@ def names_of(value: object, prefix: str = "") -> list[str]:
         return [prefix[:-1]]
     items = dataclasses.fields(value)
     return [name for item in items for name in names_of(getattr(value, item.name), f"{prefix}{item.name}.")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_recipe_of_the_project_has_an_idle_setting(path):
+    record.load_recipe_file(path).EXPERIMENT.data.refuse_idle()
+
+
+@pytest.mark.parametrize("source", ["folder", "shards", "cifar10", "cifar100", "svhn"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(loader="torchvision"),
+        dict(size=32),
+        dict(resize=40),
+        dict(scale=(0.25, 1.0)),
+        dict(jitter=0.4),
+        dict(lighting=0.1),
+        dict(class_list=Path("list.txt")),
+        dict(check="header"),
+        dict(broken_share=0.5),
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_files_are_refused_for_images_in_memory(setting, source):
+    data = Data(source=source, **setting)  # a run that was kept with it is read back
+    if source in ("folder", "shards"):
+        data.refuse_idle()
+        return
+    name = next(iter(setting)).replace("_", "-")
+    with pytest.raises(UserError, match=f"^--data.source {source} has no use for --data.{name}, .*: leave it out.$"):
+        data.refuse_idle()
 
 
 @dataclass(frozen=True, kw_only=True)

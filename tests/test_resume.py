@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -129,6 +130,24 @@ def test_fixed_setting_that_differs_is_refused_and_listed(data: Path, undisturbe
     assert "batch.micro was 8 and is 16" in done.stderr
     assert "optimization.lr was 0.1 and is 0.3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_other_training_images_are_refused(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The same files elsewhere are the same images; one image of another class is another dataset."""
+    moved = shutil.copytree(data, tmp_path / "moved")
+    given = command(*arguments(moved, undisturbed.parents[1], **SETTINGS), "--resume", str(undisturbed))
+    done = finish(given)
+    assert done.returncode == 0, done.stderr
+    file = moved / "cifar-10-batches-bin" / "data_batch_3.bin"
+    content = bytearray(file.read_bytes())
+    content[0] = (content[0] + 1) % 10
+    file.write_bytes(content)
+    done = finish(given)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"error: The training images are others than when {undisturbed} was begun, as many (200), but of other "
+        "classes: write --data.root with the old ones, or leave --resume out."
+    )
 
 
 def test_full_disk_is_one_sentence_and_loses_nothing(data: Path, tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ class RanksLost(Exception):  # noqa: N818 - it is what happened
     """Another rank does not answer any more."""
 
 
+def printable(text: str) -> str:
+    """The text as any terminal can show it: bytes of a file's name that are no UTF-8 as \\xff, not as surrogates."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def optional_import(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import a package that only some users need.
 

@@ -30,19 +30,19 @@ class Data(Augmentation):
     root: Path | None = None
     """Where the dataset lies."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes an image folder; auto is dali where it is installed. Small datasets stay resident in
-    memory."""
+    """What decodes images; auto is dali where it is installed (image folders and shards). Small datasets stay resident
+    in memory."""
     size: int = 224
-    """Height and width of the images fed to the network, in pixels (image folders)."""
+    """Height and width of the images fed to the network, in pixels (image folders and shards)."""
     resize: int | None = None
     """Shorter side that an image is resized to before the centre crop of validation, in pixels; default: size
-    / 0.875 (image folders)."""
+    / 0.875 (image folders and shards)."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a random resized crop covers, from and to (image folders)."""
+    """Share of the image's area that a random resized crop covers, from and to (image folders and shards)."""
     jitter: float = 0.0
-    """Colour jitter: brightness, contrast and saturation are each multiplied by 1 ± this (image folders)."""
+    """Colour jitter: brightness, contrast and saturation are each multiplied by 1 ± this (image folders and shards)."""
     lighting: float = 0.0
-    """Standard deviation of the PCA lighting noise, in units of AlexNet's eigenvalues (image folders)."""
+    """Standard deviation of the PCA lighting noise, in units of AlexNet's eigenvalues (image folders and shards)."""
     statistics: Literal["dataset", "imagenet"] = "dataset"
     """Mean and deviation that colours are normalised by: of the dataset, or ImageNet's, for weights trained so."""
     flip: bool = True
@@ -55,12 +55,13 @@ class Data(Augmentation):
     classes: int | None = None
     """Number of outputs of the network; default: the classes found."""
     class_list: Path | None = None
-    """Text file with one class folder name per line, in the order of the labels, where not all classes are
-    present; default: the folders found, sorted by name."""
+    """Text file with one class name per line, in the order of the labels, where not all classes are present (image
+    folders and shards); default: the names found, sorted; for numbered shards ROOT/classes.txt, if it is there."""
     check: Literal["strict", "header"] = "strict"
     """What is done to each image when it is indexed, once. strict: it is read, decoded and given a checksum, so that a
     broken one is known from the start and a changed one is noticed. header: only its size is read, which is faster;
-    broken images are then found while training, if the decoder notices (image folders and shards)."""
+    broken images are then found while training, if the decoder notices: DALI does not see damage below the window that
+    it cuts out (image folders and shards)."""
     broken_share: float = 0.01
     """Share of a split's images that may be broken: more than that, and more than 10, end the run. Others of their
     class stand in for them in training; in validation they are left out (image folders and shards)."""
@@ -105,6 +106,25 @@ class Data(Augmentation):
     def mirrors(self) -> bool:
         """Whether training images are mirrored."""
         return self.flip and self.source != "svhn"
+
+    def refuse_idle(self) -> None:
+        """Refuses what would have nothing to say. Asked of new runs alone: older ones may hold such settings.
+
+        Raises:
+            UserError: a setting of images in files is set, and the source's stay in memory as they are.
+        """
+        if self.source in ("folder", "shards"):
+            return
+        idle = next((name for name in _OF_FILES if self._is_set(name)), None)
+        if idle is not None:
+            raise UserError(
+                f"--data.source {self.source} has no use for --data.{idle.replace('_', '-')}, as its images stay in "
+                "memory as they are: leave it out."
+            )
+
+
+_OF_FILES = ("loader", "size", "resize", "scale", "jitter", "lighting", "class_list", "check", "broken_share")
+"""Settings of image folders and shards alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +338,7 @@ RESUME_RULES: dict[str, Literal["free", "warned"]] = {
     # Everything not named is fixed: a run that is resumed with another value of it is refused.
     "data.root": "warned",
     "data.loader": "warned",
+    "data.check": "warned",
     "data.broken_share": "free",
     "data.threads": "free",
     "data.prefetch": "free",

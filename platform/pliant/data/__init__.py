@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pliant.data.dataset import Dataset, SplitName, open_dataset
     from pliant.data.feed import Batch, Feed
+    from pliant.data.index import Fingerprint
     from pliant.data.pictures import thumbnails
 
-__all__ = ["Batch", "Dataset", "Feed", "SplitName", "open_dataset", "thumbnails"]
+__all__ = ["Batch", "Dataset", "Feed", "Fingerprint", "SplitName", "open_dataset", "thumbnails"]
 
 _HOMES = {  # none has the name of what it holds: Python would put the module in its place
     "Batch": "feed",
     "Dataset": "dataset",
     "Feed": "feed",
+    "Fingerprint": "index",
     "SplitName": "dataset",
     "open_dataset": "dataset",
     "thumbnails": "pictures",

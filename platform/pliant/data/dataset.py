@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pliant.data.faults import check_known, note
-from pliant.data.index import Index, Split
+from pliant.data.index import Fingerprint, Index, Split
 from pliant.data.sources.cifar10 import open_cifar10
 from pliant.data.sources.cifar100 import open_cifar100
 from pliant.data.sources.folder import open_folder
@@ -53,6 +53,11 @@ class Dataset:
             if name == "held_out"
             else "The dataset has no validation images: add a folder val beside train, or write --data.held-out 1000."
         )
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """That of each split there is, by what a person calls its images."""
+        splits = {"training": self.train, "held-out": self.held_out, "validation": self.val}
+        return {name: split.fingerprint for name, split in splits.items() if split is not None}
 
     def notes(self) -> list[str]:
         """What a person should know of images found broken when they were indexed."""

@@ -3,6 +3,9 @@
 A broken image never ends a run by itself. In training and calibration another of its class stands in for it: the
 next sound one in the order of the split, whichever loader, rank or run asks. In validation it is left out, and
 accuracy is that over the others.
+
+With `data.check` header this holds for damage that a decoder meets: DALI decodes no further down than the window
+reaches, so an image cut off below it is served as sound there, where Pillow, which decodes all of it, finds it broken.
 """
 
 from __future__ import annotations
@@ -24,7 +27,11 @@ _NAMED = 10  # broken images that one line names
 
 
 class Faults:
-    """The broken images that a feed has met. Safe in threads."""
+    """The broken images that a feed has met. Safe in threads.
+
+    Each rank counts those that it meets itself, and refuses a split by its own count: with R ranks up to R times as
+    many may be met before one of them gives up. Those found when a split was indexed are counted by all.
+    """
 
     def __init__(self, share: float) -> None:
         """`share`: of a split's images that may be broken, in [0, 1]."""
@@ -59,12 +66,13 @@ class Faults:
             self._met[path] = reason
             number = self._splits[id(index)] = self._splits.get(id(index), len(index.broken)) + 1
         what = "another of its class stands in for it" if replaced else "accuracy is over the other images"
-        self.tell(f"the image {path} is broken ({reason}): {what}.")
-        refuse_if_many(index, self._share, number, f"{path} ({reason})")
+        shown = index.shown(position)
+        self.tell(f"the image {shown} is broken ({reason}): {what}.")
+        refuse_if_many(index, self._share, number, f"{shown} ({reason})")
 
 
 def refuse_if_many(index: Index, share: float, number: int, one: str) -> None:
-    """Refuses a split too many images of which are broken.
+    """Refuses a split too many images of which are broken, or all.
 
     Args:
         share: how many may be.
@@ -72,8 +80,13 @@ def refuse_if_many(index: Index, share: float, number: int, one: str) -> None:
         one: one of them, and why.
 
     Raises:
-        UserError: they are more than `share` of all, and more than FEW.
+        UserError: they are all there are; or more than `share` of all, and more than FEW.
     """
+    if number >= len(index):
+        raise UserError(
+            f"None of the {len(index)} images in {index.table.listing.folder} that are asked for can be read, for "
+            f"instance {one}: replace or remove them."
+        )
     most = max(FEW, int(share * len(index)))
     if number > most:
         raise UserError(
@@ -95,7 +108,7 @@ def check_known(index: Index, share: float, *, replaced: bool) -> None:
     if not len(index.broken):
         return
     first = int(index.broken[0])
-    refuse_if_many(index, share, len(index.broken), f"{index.path(first)} ({index.reason(first)})")
+    refuse_if_many(index, share, len(index.broken), f"{index.shown(first)} ({index.reason(first)})")
     if replaced:
         labels, classes = index.labels, len(index.classes)
         sound = np.bincount(labels, minlength=classes) - np.bincount(labels[index.broken], minlength=classes)
@@ -107,7 +120,7 @@ def no_stand_in(index: Index, position: int, reason: str) -> UserError:
     """The sentence for an image that is broken like all others of its class."""
     return UserError(
         f"No image of the class {index.classes[index.labels[position]]} can be read, for instance "
-        f"{index.path(position)} ({reason}): replace the images, or remove the class."
+        f"{index.shown(position)} ({reason}): replace the images, or remove the class."
     )
 
 
@@ -116,7 +129,7 @@ def note(name: str, index: Index, *, replaced: bool) -> str | None:
     broken = index.broken.tolist()
     if not broken:
         return None
-    named = "; ".join(f"{index.path(one)} ({index.reason(one)})" for one in broken[:_NAMED])
+    named = "; ".join(f"{index.shown(one)} ({index.reason(one)})" for one in broken[:_NAMED])
     more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
     what = (
         "another of its class stands in for each"

@@ -28,6 +28,7 @@ that switching one kind of augmentation on or off leaves the draws of the others
 
 PAD = 4
 """Black pixels that a padded crop may take in on each side, as He et al. do on CIFAR-10."""
+_ENORMOUS = 1 << 24  # pixels of a resized image, of 3 bytes each
 _TRIES = 10  # windows drawn before a random resized crop falls back to the centre, as in torchvision
 _ASPECTS = (3 / 4, 4 / 3)
 _OWN_POLICIES = {"cifar10": "cifar10", "cifar100": "cifar10", "svhn": "svhn"}  # other sources: ImageNet's
@@ -98,19 +99,44 @@ def training_plan(sizes: NDArray[np.int32], data: Data, draws: Draws) -> Plan:
 
 
 def centre_plan(sizes: NDArray[np.int32], data: Data) -> Plan:
-    """What torchvision's Resize(shorter side) and CenterCrop(data.size) do to images of these sizes, (B, 2)."""
+    """What torchvision's Resize(shorter side) and CenterCrop(data.size) do to images of these sizes, (B, 2).
+
+    Of an image so narrow that it would grow to an enormous one, only what the square needs is resized.
+    """
     shorter = round(data.size / 0.875) if data.resize is None else data.resize
     short = sizes.min(axis=1, keepdims=True).astype(np.int64)
     resized = np.where(sizes == short, shorter, (shorter * sizes.astype(np.int64) / short).astype(np.int64))
     excess = resized - data.size
     # CenterCrop rounds halves to even where it cuts, and down where it pads.
     offset = np.where(excess >= 0, np.rint(excess / 2), -(-excess // 2))
-    return Plan(
+    plan = Plan(
         window=_whole(sizes),
         resized=resized.astype(np.int32),
         offset=offset.astype(np.int32),
         size=data.size,
         flip=np.zeros(len(sizes), np.bool_),
+    )
+    return _without_far_ends(plan, shorter) if (resized.prod(axis=1) > _ENORMOUS).any() else plan
+
+
+def _without_far_ends(plan: Plan, shorter: int) -> Plan:
+    """A centre plan that leaves out what lies far from the square, where all would be resized to an enormous image.
+
+    Whole squares of the shorter side are kept, one at least on each side of what is fed: so the scale stays what it
+    is, and what lies further off reaches no pixel of it. The square moves by half a pixel at most.
+    """
+    sizes, resized = plan.window[:, 2:].astype(np.int64), plan.resized.astype(np.int64)
+    short = sizes.min(axis=1, keepdims=True)
+    extent = np.minimum(sizes, (-(-plan.size // shorter) + 3) * short)
+    cut = (extent < sizes) & (resized.prod(axis=1, keepdims=True) > _ENORMOUS)
+    extent = np.where(cut, extent, sizes)
+    corner = (sizes - extent) // 2
+    middle = (resized - plan.size) / 2 - corner * shorter / short
+    return replace(
+        plan,
+        window=np.concatenate([corner, extent], axis=1).astype(np.int32),
+        resized=np.where(cut, extent * shorter // short, resized).astype(np.int32),
+        offset=np.where(cut, np.rint(middle), plan.offset).astype(np.int32),
     )
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from pliant import record
+from pliant.cores import usable_cores
 from pliant.data import Feed, open_dataset
+from pliant.data.index import Index
 from pliant.engine import checkpoint, folder
 from pliant.engine.compilation import compile_net, graphs_to_compile
 from pliant.engine.folder import RunFolder
@@ -20,12 +22,13 @@ from pliant.engine.interruption import listening
 from pliant.engine.launch import honoured
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
+from pliant.engine.sameness import require_same_as_begun, require_same_on_ranks
 from pliant.engine.saving import Saver
 from pliant.engine.schedule import Schedule, make_schedule
 from pliant.engine.telemetry import Telemetry
 from pliant.engine.trainer import Trainer
 from pliant.engine.watchdog import watchdog
-from pliant.errors import UserError
+from pliant.errors import UserError, printable
 from pliant.experiment import Experiment, differences, rule_on_resume
 from pliant.randomness import philox
 
@@ -54,7 +57,11 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     per_epoch = [feed.steps_of_epoch(stage.batch) for stage in stages]
     schedule = make_schedule(stages, experiment.optimization, per_epoch)
     run, found, notes = _agreed(ranks, lambda: _found(experiment))
+    if run is None:
+        experiment.data.refuse_idle()
     restored = None if found is None else found.load()
+    if restored is not None and run is not None:
+        notes += require_same_as_begun(restored.get("images"), feed.dataset.train.fingerprint, run.path)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
         experiment.recipe.start(net)
@@ -89,9 +96,27 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
             compile_net(net, graphs)
         telemetry.event("start", step=0 if found is None else found.step, ranks=ranks.count)
         trainer.run(restored)
-        broken = feed.faults.found
-        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, broken=len(broken))
+        broken = _broken(feed, ranks, telemetry)
+        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, **broken)
     return run
+
+
+def _broken(feed: Feed, ranks: Ranks, telemetry: Telemetry) -> dict[str, int]:
+    """Collective. How many images were known to be broken, and how many were found to be while the run lasted, by all
+    ranks together; those that rank 0 has not met are told of now."""
+    own = feed.faults.found
+    met: dict[str, str] = {}
+    for theirs in ranks.all(own):
+        met |= theirs
+    elsewhere = sorted(met.keys() - own.keys())
+    for path in elsewhere:
+        telemetry.event("broken", image=printable(path), reason=met[path])
+    if elsewhere:
+        more = _count(len(elsewhere), "more image")
+        telemetry.warn(f"{more} turned out to be broken on other ranks; log.jsonl names all.")
+    dataset = feed.dataset
+    splits = [split for split in (dataset.train, dataset.held_out, dataset.val) if isinstance(split, Index)]
+    return {"broken": len(met), "broken_known": sum(len(split.broken) for split in splits)}
 
 
 def threads_per_rank() -> int:
@@ -99,13 +124,17 @@ def threads_per_rank() -> int:
 
     Launchers set OMP_NUM_THREADS to 1, as suits machines with GPUs; on CPUs that leaves cores idle.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def make_feed(experiment: Experiment, ranks: Ranks) -> Feed:
-    """The images of an experiment, on this rank's device."""
+    """Collective. The images of an experiment, on this rank's device.
+
+    Raises:
+        UserError: they cannot be used; or ranks see different ones.
+    """
     dataset = open_dataset(experiment.data, experiment.seed)
+    require_same_on_ranks(dataset, ranks)
     return Feed(
         dataset, experiment.data, experiment.batch, seed=experiment.seed, device=ranks.device, dtype=_dtype(experiment)
     )

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from pliant.engine.folder import RunFolder
+from pliant.errors import printable
 from pliant.recipe import Measurement
 
 if TYPE_CHECKING:
@@ -124,14 +125,14 @@ class Telemetry:
     def say(self, text: str) -> None:
         """A line for a person."""
         if self._speaks:
-            self._console.print(Text(text), soft_wrap=True)
+            self._console.print(Text(printable(text)), soft_wrap=True)
             if not self._console.is_terminal:
                 sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """A line for a person who may want to act; kept in log.jsonl."""
         self.say(f"Warning: {text}")
-        self._log({"event": "warning", "text": text})
+        self._log({"event": "warning", "text": printable(text)})
 
     def event(self, name: str, **values: Any) -> None:
         """A line of log.jsonl alone."""

@@ -266,7 +266,7 @@ def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) 
             order = right[found["macs"][right].argsort(stable=True)]
             for end, chosen in (("easiest", order[:_SHOWN]), ("hardest", order[-_SHOWN:].flip(0))):
                 positions = found["position"][chosen].numpy()
-                kept[f"{point}/{end}"] = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
-                kept[f"{point}/{end}_rows"] = chosen.numpy()
+                pictures, shown = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
+                kept[f"{point}/{end}"], kept[f"{point}/{end}_rows"] = pictures, chosen.numpy()[shown]
     with written_aside(path) as beside:
         np.savez_compressed(beside, **kept)  # type: ignore[arg-type] # its stub takes them for flags

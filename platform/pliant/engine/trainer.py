@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.data import Batch, Feed
+from pliant.engine import sameness
 from pliant.engine.agreement import Beat, Beats
 from pliant.engine.backends import Backend, wrap
 from pliant.engine.batchnorm import RunningStatistics, flat, mean_over_ranks, running_buffers, twin, unflatten_
@@ -288,6 +289,7 @@ class Trainer:
             "ranks": self.ranks.count,
             "threads": torch.get_num_threads(),
             "loader": self.feed.loader,
+            "images": sameness.kept(self.feed.dataset.train.fingerprint),
         }
 
     def _restore(self, restored: dict[str, Any]) -> None:

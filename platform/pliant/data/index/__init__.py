@@ -13,6 +13,6 @@ split      what the rest of the program asks
 
 from pliant.data.index.folders import SUFFIXES, class_folders, scan
 from pliant.data.index.shards import scan_shards
-from pliant.data.index.split import Index, Pixels, Split
+from pliant.data.index.split import Fingerprint, Index, Pixels, Split
 
-__all__ = ["SUFFIXES", "Index", "Pixels", "Split", "class_folders", "scan", "scan_shards"]
+__all__ = ["SUFFIXES", "Fingerprint", "Index", "Pixels", "Split", "class_folders", "scan", "scan_shards"]

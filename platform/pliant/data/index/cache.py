@@ -18,16 +18,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
+from tempfile import TemporaryFile
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from pliant.data.decoding import reason
 from pliant.data.index.table import Stamp, Table, open_table, write_table
+from pliant.errors import printable
 
 _log = logging.getLogger(__name__)
 
 VERSION = 1  # of the table's columns: a file of another one is not looked at
 _TICK_NS = 50_000_000  # more than a file system's clock may lag behind
 _PATIENCE_S = 5.0  # a wait that is over sooner is not spoken of
+_TRIED = 1 << 20  # bytes written to find out whether a table can be: one has 40 for each image, and the names
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError)
 """What a cache may raise: it is absent, damaged, not ours to write, or cannot be locked."""
 
@@ -37,7 +42,8 @@ def kept_or_built(
 ) -> Table:
     """The table of a folder: kept from before if nothing has changed since, else built and kept.
 
-    Of several processes one builds; the others wait for it. A cache that cannot be written costs only time.
+    Of several processes one builds; the others wait for it. A cache that cannot be written costs only time, and is
+    spoken of: each process then builds for itself, and at once, as there is nothing to wait for.
 
     Args:
         folder: what is indexed.
@@ -47,33 +53,75 @@ def kept_or_built(
     """
     try:
         path = table_file(folder, what)
-    except RuntimeError:  # no home
+    except RuntimeError:
+        _complain(folder, "~/.cache", "there is no home")
         return build()
     table = _kept(path, folder, sources, strict)
     if table is not None:
         return table
+    obstacle = _obstacle(path.parent)
+    if obstacle is not None:
+        _complain(folder, path.parent, obstacle)
+        return build()
     lock = _locked(path, folder)
     try:
-        table = _kept(path, folder, sources, strict)
-        if table is None:
-            table = build()
-            with suppress(*_UNUSABLE):
-                write_table(table, path)
-                table = open_table(path, folder)  # mapped: its pages are shared with other ranks
-        return table
+        return _kept(path, folder, sources, strict) or _keep(build(), path, folder, alone=lock is not None)
     finally:
         if lock is not None:
             lock.release()
 
 
+def _keep(table: Table, path: Path, folder: Path, *, alone: bool) -> Table:
+    """The table, kept if that is possible.
+
+    Args:
+        alone: no other process writes it now; what a killed one left under the common name is written over.
+    """
+    own = path if alone else path.with_stem(f"{path.stem}-{uuid4().hex}")
+    try:
+        write_table(table, own)
+        own.replace(path)
+        return open_table(path, folder)  # mapped: its pages are shared with other ranks
+    except _UNUSABLE as error:
+        _complain(folder, path.parent, reason(error))
+        return table
+
+
+def _obstacle(cache: Path) -> str | None:
+    """Why nothing can be kept in a folder, found out before the minutes that a scan may take."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=cache) as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return reason(error)
+    return None
+
+
+def _complain(folder: Path, cache: Path | str, why: str) -> None:
+    _log.warning(
+        "Warning: the index of %s cannot be kept in %s (%s), so every start builds it anew: mend that, or set "
+        "XDG_CACHE_HOME to a folder that can be written.",
+        printable(str(folder)),
+        cache,
+        why,
+    )
+
+
 def table_file(folder: Path, what: str) -> Path:
     """Where the table of a folder is kept.
 
+    Machines that share a home may each have another copy at the same path: the folder's inode tells them apart.
+
     Raises:
+        OSError: the folder is not there.
         RuntimeError: the user has no home, nor XDG_CACHE_HOME.
     """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    key = hashlib.blake2b(os.fsencode(folder.resolve()) + b"\0" + what.encode(), digest_size=12).hexdigest()
+    named = b"\0".join((os.fsencode(folder.resolve()), str(folder.stat().st_ino).encode(), what.encode()))
+    key = hashlib.blake2b(named, digest_size=12).hexdigest()
     return Path(root) / "pliant" / f"index{VERSION}-{key}.safetensors"
 
 

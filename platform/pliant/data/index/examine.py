@@ -6,6 +6,7 @@ start of their own nor a `__main__` that may be imported twice.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -19,25 +20,37 @@ from itertools import repeat
 import numpy as np
 from PIL import Image
 
-from pliant.data.decoding import Faulty, check, size_of
-from pliant.data.index.split import fault_of, read
+from pliant.cores import usable_cores
+from pliant.data.decoding import Faulty, check, reason, size_of
+from pliant.data.index.split import patiently, read
 from pliant.data.index.table import Listing, Table
+from pliant.errors import UserError, printable
 
 _log = logging.getLogger(__name__)
 
-READERS = max(8, os.cpu_count() or 1)  # threads: on slow storage they wait more than they compute
+READERS = max(8, usable_cores())  # threads: on slow storage they wait more than they compute
 _CHUNK = 256  # images opened by one task of a thread
 _HEADER = 1 << 16  # bytes of an image in a shard that are read for its size
 _QUIET_S = 5.0  # a scan that takes less says nothing
 _TELL_S = 10.0  # between lines of progress
+_ITS_OWN = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENXIO),
+)
+"""Why a file itself cannot be read: a link to nowhere, or not ours to read. All else may pass, or hit any file."""
 _REASONS = 1000  # reasons kept: more images than this are not looked through one by one
 
 
 def examine(listing: Listing, *, strict: bool) -> Table:
     """Open all images of a listing; one that cannot be used is marked as broken, not raised.
 
+    What storage or memory fails in is said of no image, as it would be kept for good, and by this rank alone.
+
     Args:
         strict: read, decode and checksum every byte; else read headers alone.
+
+    Raises:
+        UserError: storage or memory fails.
     """
     table = Table(
         listing=listing,
@@ -71,13 +84,27 @@ def _examine_chunk(table: Table, first: int) -> list[str]:
 
 def _examine_row(table: Table, row: int) -> str | None:
     look = _decode if table.strict else _glance
+    file = table.listing.file(row)
     try:
         if table.listing.whole:
-            table.listing.length[row] = os.stat(table.listing.file(row)).st_size
+            table.listing.length[row] = patiently(lambda: os.stat(file)).st_size
         table.size[row], table.crc[row] = look(table.listing, row)
-    except (Faulty, OSError) as error:
+    except Faulty as fault:
         table.broken[row] = True
-        return str(fault_of(error) if isinstance(error, OSError) else error)
+        return str(fault)
+    except MemoryError:
+        raise UserError(
+            f"There is too little memory to index {printable(file)}: start where there is more, or replace or remove "
+            "the image."
+        ) from None
+    except OSError as error:
+        if error.errno not in _ITS_OWN:
+            raise UserError(
+                f"{printable(file)} could not be read while it was indexed ({reason(error)}), which may be no fault of "
+                "its own: start again, and replace or remove it if that does not help."
+            ) from None
+        table.broken[row] = True
+        return reason(error)
     return None
 
 
@@ -91,7 +118,7 @@ def _decode(listing: Listing, row: int) -> tuple[tuple[int, int], int]:
 
 def _glance(listing: Listing, row: int) -> tuple[tuple[int, int], int]:
     if listing.whole:
-        return size_of(listing.file(row)), 0
+        return patiently(lambda: size_of(listing.file(row))), 0
     file, offset, length = listing.file(row), int(listing.offset[row]), int(listing.length[row])
     try:
         return size_of(io.BytesIO(read(file, offset, min(length, _HEADER)))), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from pliant.data.index.cache import kept_or_built, stamp
 from pliant.data.index.examine import READERS, examine
 from pliant.data.index.split import Index
 from pliant.data.index.table import Listing, Stamp, Table
-from pliant.errors import UserError
+from pliant.errors import UserError, printable
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 """Endings of the files that count as images, in small letters; all others are passed over."""
@@ -122,10 +123,13 @@ def _built(folder: Path, classes: list[str], strict: bool) -> Table:
 def _list_images(folder: Path, name: str) -> _Found:
     stamps: list[Stamp] = []
     try:
-        found = sorted(_walk(folder, name, "", stamps.append))
+        found = sorted(_walk(folder, name, "", stamps.append, frozenset()))
     except OSError as error:
+        place = printable(os.fsdecode(error.filename or folder / name))
+        if error.errno == errno.ELOOP:
+            raise UserError(f"The link {place} leads back to itself: remove it.") from None
         raise UserError(
-            f"The class folder {folder / name} cannot be read ({error.strerror}): mend its permissions or remove it."
+            f"The folder {place} cannot be read ({error.strerror}): mend its permissions or remove it."
         ) from None
     if not found:
         raise UserError(
@@ -135,19 +139,46 @@ def _list_images(folder: Path, name: str) -> _Found:
     return _Found(*joined(found), stamps)
 
 
-def _walk(folder: Path, name: str, prefix: str, met: Callable[[Stamp], None]) -> list[str]:
-    """Name below the class folder `name` of each image file; `met` is told of every folder that was read."""
+def _walk(folder: Path, name: str, prefix: str, met: Callable[[Stamp], None], above: frozenset[str]) -> list[str]:
+    """Name below the class folder `name` of each image file.
+
+    Args:
+        prefix: the folder below `name` to look into, with a slash at its end.
+        met: told of every folder that was read.
+        above: those that the walk came through, as they really are.
+
+    Raises:
+        OSError: a folder cannot be read, or a link leads back to one of those above it.
+    """
+    place = os.path.join(folder, name, prefix)
+    real = os.path.realpath(place)
+    if real in above:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), place.rstrip("/"))
     met(stamp(folder, f"{name}/{prefix}"))
     found = []
-    with os.scandir(folder / name / prefix) as entries:
+    with os.scandir(place) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.name.lower().endswith(SUFFIXES):
+            if _is_folder(entry):
+                found += _walk(folder, name, f"{prefix}{entry.name}/", met, above | {real})
+            elif _is_named_image(entry):
                 found.append(prefix + entry.name)
-            elif entry.is_dir():
-                found += _walk(folder, name, f"{prefix}{entry.name}/", met)
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, whatever it is called. An image that is a link to itself is a broken image."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        if _is_named_image(entry):
+            return False
+        raise
+
+
+def _is_named_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(SUFFIXES)
 
 
 def _with_broken_watched(table: Table, began: int) -> Table:

@@ -49,7 +49,14 @@ class _Shard:
     """They were written in .cls members; else they are the names of folders."""
 
 
-def scan_shards(folder: Path, pattern: str, class_list: Sequence[str] | None, *, strict: bool = True) -> Index:
+def scan_shards(
+    folder: Path,
+    pattern: str,
+    class_list: Sequence[str] | None,
+    *,
+    names: Sequence[str] | None = None,
+    strict: bool = True,
+) -> Index:
     """Index the images in the shards of a folder.
 
     Args:
@@ -57,6 +64,7 @@ def scan_shards(folder: Path, pattern: str, class_list: Sequence[str] | None, *,
         pattern: what their names match, for instance train-*.tar.
         class_list: names of the classes in the order of the labels; where classes are numbers, the name of each
             number. None: the names found, sorted; or the numbers up to the highest.
+        names: `class_list` where classes are numbers and that is None; else passed over.
         strict: read and decode every image once, so that a broken one is known from the start; else headers alone.
 
     Raises:
@@ -69,22 +77,27 @@ def scan_shards(folder: Path, pattern: str, class_list: Sequence[str] | None, *,
 
     def build() -> Table:
         listing = _listed(folder, shards)
-        _class_names(listing, class_list)  # refused before every image is read
+        _class_names(listing, class_list, names)  # refused before every image is read
         return examine(listing, strict=strict)
 
     table = kept_or_built(folder, pattern, sources=shards, strict=strict, build=build)
-    return labelled(table, *_class_names(table.listing, class_list))
+    return labelled(table, *_class_names(table.listing, class_list, names))
 
 
-def _class_names(listing: Listing, class_list: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _class_names(
+    listing: Listing, class_list: Sequence[str] | None, names: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the classes in the order of the labels, and those of the listing's own numbers."""
+    if class_list is None and listing.numbered:
+        class_list = names
     if class_list is None:
         return listing.classes, listing.classes
     classes = tuple(class_list)
     own = listing.classes
     if listing.numbered:
         own = classes[: len(own)] + own[len(classes) :]
-    strangers = [name for name in own if name not in classes] if own != classes else []
+    known = set(classes)
+    strangers = [name for name in own if name not in known]
     if strangers:
         raise UserError(
             f"The class {strangers[0]} of the shards in {listing.folder} is none of the {len(classes)} known classes: "

@@ -9,19 +9,50 @@ import errno
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pliant.data.decoding import Faulty, reason
 from pliant.data.index.table import Table
+from pliant.errors import printable
+
+T = TypeVar("T")
+
+_LOOKED_AT = 2000  # images in memory whose pixels tell them from others: all of SVHN's would take a second
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _STUMBLES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network storage, mostly
 _PAUSES_S = (0.1, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one split from another, in a few numbers. Checksums are crc32; the images found broken count as
+    empty in that of the contents."""
+
+    images: int
+    labels: int
+    """Checksum of the labels, in the order of the positions."""
+    strict: bool
+    """`broken` and `contents` are of images that were read whole, not of their headers."""
+    broken: int
+    """Checksum of which images were found broken."""
+    contents: int
+    """Checksum of the images' sizes and checksums, or of the pixels of some."""
+
+    def same_positions(self, other: Fingerprint) -> bool:
+        """Whether there are as many images, of the same classes in the same order."""
+        return (self.images, self.labels) == (other.images, other.labels)
+
+    def same_contents(self, other: Fingerprint) -> bool:
+        """Whether they are also the same images, as far as both sides looked, unless some broke or were mended."""
+        comparable = (self.strict, self.broken) == (other.strict, other.broken)
+        return self.same_positions(other) and (not comparable or self.contents == other.contents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +74,14 @@ class Index:
         return len(self.labels)
 
     def path(self, position: int) -> str:
-        """The file of the image at `position` in [0, N); of an image in a shard, SHARD:MEMBER."""
+        """The file of the image at `position` in [0, N); of an image in a shard, SHARD:MEMBER. To open, not to show:
+        a name that is no UTF-8 carries surrogates."""
         row, listing = self._row(position), self.table.listing
         return listing.file(row) if listing.whole else f"{listing.file(row)}:{listing.name(row)}"
+
+    def shown(self, position: int) -> str:
+        """The `path` for a person."""
+        return printable(self.path(position))
 
     def encoded(self, position: int) -> bytes:
         """The stored bytes of the image at `position`, the same as when it was indexed. Safe in threads.
@@ -101,6 +137,18 @@ class Index:
             if other != position:
                 yield other
 
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Equal for equal images, wherever they lie."""
+        crc = self.table.crc if self.rows is None else self.table.crc[self.rows]
+        return Fingerprint(
+            images=len(self),
+            labels=_crc(self.labels),
+            strict=self.table.strict,
+            broken=_crc(self.broken),
+            contents=_crc(self.sizes, crc),
+        )
+
     def subset(self, positions: NDArray[np.int64]) -> Index:
         """The images at `positions`, in that order, numbered anew from 0."""
         rows = positions.astype(np.int32) if self.rows is None else self.rows[positions]
@@ -124,12 +172,25 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Equal for equal images, wherever they lie; of the pixels only some images' are looked at."""
+        some = self.images[:: -(-len(self) // _LOOKED_AT)] if len(self) else self.images
+        return Fingerprint(len(self), _crc(self.labels), strict=True, broken=0, contents=_crc(some))
+
     def subset(self, positions: NDArray[np.int64]) -> Pixels:
         """The images at `positions`, in that order, numbered anew from 0."""
         return replace(self, images=self.images[positions], labels=self.labels[positions])
 
 
 Split = Index | Pixels
+
+
+def _crc(*columns: NDArray[Any]) -> int:
+    found = 0
+    for column in columns:
+        found = zlib.crc32(np.ascontiguousarray(column).data, found)
+    return found
 
 
 def fault_of(error: OSError) -> Faulty:
@@ -144,21 +205,28 @@ def fault_of(error: OSError) -> Faulty:
 
 
 def read(path: str, offset: int, length: int) -> bytes:
-    """Up to `length` bytes of a file from `offset` on; fewer where it ends before.
-
-    Storage that stumbles is asked again, for a few seconds: what it holds is not broken.
+    """Up to `length` bytes of a file from `offset` on; fewer where it ends before. Asked for patiently.
 
     Raises:
         OSError: it cannot be read.
     """
+    return patiently(lambda: _read(path, offset, length))
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """The answer of storage, which is asked again for a few seconds if it stumbles: what it holds is not broken.
+
+    Raises:
+        OSError: there is none.
+    """
     for pause in _PAUSES_S:
         try:
-            return _read(path, offset, length)
+            return ask()
         except OSError as error:
             if error.errno not in _STUMBLES:
                 raise
             time.sleep(pause)
-    return _read(path, offset, length)
+    return ask()
 
 
 def _read(path: str, offset: int, length: int) -> bytes:

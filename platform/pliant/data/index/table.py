@@ -88,7 +88,7 @@ class Table:
 
 
 def write_table(table: Table, path: Path) -> None:
-    """Keep a table: whole, or not at all.
+    """Keep a table: whole, or not at all. Of processes that write at the same time each needs a `path` of its own.
 
     Raises:
         OSError: `path` cannot be written.
@@ -99,7 +99,7 @@ def write_table(table: Table, path: Path) -> None:
     }
     words = {name: getattr(listing, name) for name in ("sources", "whole", "classes", "numbered", "stamps")}
     words |= {"strict": table.strict, "reasons": table.reasons}
-    with written_aside(path, flush=True) as beside:  # one for all processes: only the holder of the lock writes
+    with written_aside(path, flush=True) as beside:
         beside.write_bytes(save(arrays, {_METADATA: json.dumps(words)}))
 
 

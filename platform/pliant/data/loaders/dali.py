@@ -30,6 +30,7 @@ from pliant.data.loaders.torchvision import TorchvisionLoader
 from pliant.data.plan import Plan
 from pliant.errors import UserError, optional_import
 
+_MOST_FAILURES = 8  # batches in a row that DALI alone cannot decode, before it is no longer asked
 _AHEAD = 2  # batches that DALI works on; more only helps where storage stutters
 
 _Inputs = list[list[NDArray[np.uint8]] | NDArray[np.int32] | NDArray[np.float32]]
@@ -69,7 +70,7 @@ class DaliLoader:
                 if error is None:
                     return
                 # What DALI says names neither file nor image: the reference finds out, and has the last word.
-                yield from self._by_reference(feeding.pending.popleft()[0], error)
+                yield from self._by_reference(feeding, error)
                 # DALI calls a pipeline that failed invalid: another goes on with what that one had been given.
                 feeding.give_again()
 
@@ -87,15 +88,31 @@ class DaliLoader:
                     raise
                 return error
             request, _ = feeding.pending.popleft()
+            feeding.failures = 0
             yield request, self._images(windows, request.plan)
 
-    def _by_reference(self, request: Request, error: RuntimeError) -> Iterator[Loaded]:
-        positions = request.positions
+    def _by_reference(self, feeding: _Feeding, error: RuntimeError) -> Iterator[Loaded]:
+        """The oldest batch under way, by Pillow, which is several times as slow.
+
+        Raises:
+            UserError: DALI failed at many in a row in which nothing is broken: out of memory, perhaps.
+        """
+        request, _ = feeding.pending.popleft()
         for mended, images in self._reference.stream([request]):
-            if np.array_equal(mended.positions, positions) and not self._told:
-                self._told = True
-                self._faults.tell(f"DALI cannot decode a batch that Pillow can, which stands in: {_telling(error)}.")
+            if np.array_equal(mended.positions, request.positions):
+                feeding.failures += 1
+                self._tell(error, lasting=feeding.failures >= _MOST_FAILURES)
             yield mended, images
+
+    def _tell(self, error: RuntimeError, *, lasting: bool) -> None:
+        if lasting:
+            raise UserError(
+                f"DALI cannot decode {_MOST_FAILURES} batches in a row that Pillow can ({_telling(error)}): write "
+                "--data.loader torchvision."
+            )
+        if not self._told:
+            self._told = True
+            self._faults.tell(f"DALI cannot decode a batch that Pillow can, which stands in: {_telling(error)}.")
 
     def _pipeline(self, source: _Feeding, batch: int, size: int) -> Any:
         fn, types, gpu = self._fn, self._dali.types, self._gpu
@@ -150,6 +167,8 @@ class _Feeding:
         """`placing`: the pipeline also resizes and places windows."""
         self.pending: deque[Read] = deque()
         """What the pipeline was given and has not delivered."""
+        self.failures = 0
+        """Batches in a row that a pipeline failed at, though no image of them is broken."""
         self.failure: BaseException | None = None
         """What ended the reads, to be raised once all before it is delivered: DALI would raise it too early."""
         self._reads = reads

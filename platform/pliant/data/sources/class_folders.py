@@ -53,12 +53,12 @@ def _test_folder(root: Path) -> Path:
 
 def _read(folder: Path, classes: tuple[str, ...]) -> Pixels:
     found = class_folders(folder)
-    strangers = [name for name in found if name not in classes]
+    numbers = {name: number for number, name in enumerate(classes)}
+    strangers = [name for name in found if name not in numbers]
     if strangers:
         raise UserError(
             f"The class folder {folder / strangers[0]} is none of the {len(classes)} training classes: remove it."
         )
-    numbers = {name: number for number, name in enumerate(classes)}
     files = [(path, numbers[name]) for name in found for path in _images(folder / name)]
     if not files:
         raise UserError(f"The folder {folder} holds no images: move them to {folder}/CLASS/FILE.png.")
@@ -69,8 +69,17 @@ def _read(folder: Path, classes: tuple[str, ...]) -> Pixels:
 
 def _images(folder: Path) -> list[Path]:
     """The image files of a class folder. Where their names are numbers, as `12.png`, they are still sorted as text:
-    any order will do that is always the same."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    any order will do that is always the same.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    except OSError as error:
+        raise UserError(
+            f"The class folder {folder} cannot be read ({error.strerror}): mend its permissions or remove it."
+        ) from None
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:

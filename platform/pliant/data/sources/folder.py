@@ -5,6 +5,7 @@ Without a folder `train`, ROOT itself holds the class folders, and all images ar
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from pliant.data.index import Index, class_folders, scan
@@ -85,7 +86,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in lines if line.strip())
     if not names:
         raise UserError(f"The class list {path} is empty: write one class folder name per line.")
-    repeated = next((name for number, name in enumerate(names) if name in names[:number]), None)
-    if repeated is not None:
-        raise UserError(f"The class list {path} names {repeated} twice: write each class folder name once.")
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise UserError(f"The class list {path} names {repeated[0]} twice: write each class folder name once.")
     return names

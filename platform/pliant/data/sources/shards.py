@@ -1,6 +1,7 @@
 """Tar shards: ROOT/train/*.tar and ROOT/val/*.tar, or ROOT/train-*.tar and ROOT/val-*.tar.
 
-What may be in them: `pliant.data.index.shards`.
+What may be in them: `pliant.data.index.shards`. `pliant data` writes the latter, with the names of the classes in
+ROOT/classes.txt, and numbers them from SPLIT-000000.tar on.
 """
 
 from __future__ import annotations
@@ -19,21 +20,31 @@ def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = Tr
 
     Args:
         root: the folder that holds the shards, or the folders train and val with them.
-        class_list: text file with one class name per line, in the order of the labels; None: the names found, sorted.
+        class_list: text file with one class name per line, in the order of the labels; None: the names found, sorted,
+            or the lines of ROOT/classes.txt where classes are numbers.
         strict: read and decode every image once, so that broken ones are known from the start; else headers alone.
 
     Returns:
         Training and validation images with the same classes; None where there are no shards of `val`.
 
     Raises:
-        UserError: there are no shards for training, one cannot be used, or a class of `val` is not in `train`.
+        UserError: there are no shards for training, one cannot be used, some are not there yet, or a class of `val` is
+            not in `train`.
     """
     if root is None:
         raise UserError(f"No dataset was named: write --data.root /path/to/shards, a folder that holds {_LAYOUT}.")
+    for split in ("train", "val"):
+        _refuse_unfinished(root, split)
     found = find_shards(root, "train")
     if found is None:
         raise UserError(f"The data root {root} holds no shards: write a folder that holds {_LAYOUT} as --data.root.")
-    train = scan_shards(*found, None if class_list is None else read_class_list(class_list), strict=strict)
+    own = root / "classes.txt"
+    train = scan_shards(
+        *found,
+        None if class_list is None else read_class_list(class_list),
+        names=read_class_list(own) if class_list is None and own.is_file() else None,
+        strict=strict,
+    )
     if len(train.classes) < 2:
         raise UserError(
             f"The shards in {found[0]} hold one class only, {train.classes[0]}: a classifier needs at least two."
@@ -48,3 +59,18 @@ def find_shards(root: Path, split: str) -> tuple[Path, str] | None:
         if any(folder.glob(pattern)):
             return folder, pattern
     return None
+
+
+def _refuse_unfinished(root: Path, split: str) -> None:
+    """Refuses shards some of which `pliant data` has not yet moved into their place: the number 0 comes last."""
+    if any((root / f".{split}.partial" / "content").glob("*.tar")):
+        raise UserError(
+            f"The shards of {split} in {root} are not finished: give the command of pliant data that began them again."
+        )
+    numbers = {int(path.stem[-6:]) for path in root.glob(f"{split}-{'[0-9]' * 6}.tar")}
+    missing = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if missing is not None:
+        raise UserError(
+            f"The shards of {split} in {root} lack {split}-{missing:06d}.tar: finish with the command that began them, "
+            "or number them from 000000 on without a gap."
+        )
