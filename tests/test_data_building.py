@@ -277,11 +277,11 @@ seconds = {}
 for step in (0, 1_000_000, 0, 1_000_000):  # the first ones warm up
     fresh = Feed(dataset, data, batching, seed=0, device="cpu")
     began = time.process_time()
-    request = fresh._training_request(0, step, 0)
+    request = fresh._training_request(0, step, 0, batching)
     seconds[step] = time.process_time() - began
     del fresh
 for step in range(0, 5004, 4):
-    request = feed._training_request(0, step, 0)
+    request = feed._training_request(0, step, 0, batching)
     assert isinstance(dataset.train, Index)
     words = [dataset.train.path(int(position)) for position in request.positions[:4]]
 print(opened, grown() - before, seconds[0], seconds[1_000_000], len(dataset.train), words[0], flush=True)
