@@ -38,10 +38,19 @@ def encoded(form: str, image: Image.Image | None = None, **options) -> bytes:
     return file.getvalue()
 
 
-def rotated() -> bytes:
+def rotated(form: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded("JPEG", exif=exif)
+    return encoded(form, exif=exif)
+
+
+def rotated_at_its_end() -> bytes:
+    """A PNG that says so after its pixels, which is allowed."""
+    content = rotated("PNG")
+    first = content.index(b"eXIf") - 4
+    chunk = content[first : first + 12 + int.from_bytes(content[first : first + 4], "big")]
+    assert content.index(b"IDAT") > first
+    return content.replace(chunk, b"")[:-12] + chunk + content[-12:]
 
 
 def png16() -> bytes:
@@ -53,6 +62,8 @@ ODD = {
     "cmyk.jpg": (encoded("JPEG", Image.fromarray(NOISE).convert("CMYK")), "CMYK"),
     "deep.png": (png16(), "more than 8 bits a channel"),
     "turned.jpg": (rotated(), "to be shown turned or mirrored (EXIF)"),
+    "turned.png": (rotated("PNG"), "to be shown turned or mirrored (EXIF)"),
+    "turned_late.png": (rotated_at_its_end(), "to be shown turned or mirrored (EXIF)"),
     "thin.png": (encoded("PNG", Image.new("RGB", (1, 9))), "1 x 9 pixels"),
     "large.png": (encoded("PNG", Image.new("1", (8000, 5001))), "very large, 8000 x 5001 pixels"),
     "endless.jpg": (encoded("JPEG").removesuffix(b"\xff\xd9") + bytes(20), "without its end marker"),

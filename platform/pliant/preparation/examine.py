@@ -35,6 +35,7 @@ _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = 1
 _LARGE = 40e6  # pixels: 120 MB decoded, more than any image of ImageNet
 _PNG_DEPTH = 24  # where a PNG says how many bits a channel has
+_PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # its parts that may hold EXIF, before or after the pixels
 
 
 def examine(content: bytes, name: str) -> tuple[str | None, list[str]]:
@@ -66,7 +67,8 @@ def _oddities(image: Image.Image, content: bytes, name: str) -> list[str]:
         odd.append("CMYK")
     if image.mode.startswith("I;16") or (image.format == "PNG" and content[_PNG_DEPTH] > 8):
         odd.append("more than 8 bits a channel")
-    if image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
+    may_turn = image.format != "PNG" or any(kind in content for kind in _PNG_NOTES)  # to ask a PNG decodes it again
+    if may_turn and image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
         odd.append("to be shown turned or mirrored (EXIF)")
     if min(image.size) == 1:
         odd.append(f"{image.width} x {image.height} pixels")
