@@ -45,11 +45,9 @@ def small_folder(root: Path) -> Path:
 
 def small(experiment: Experiment, make_root: Callable[[str], Path], runs: Path) -> Experiment:
     """The recipe's own experiment on small data."""
-    data = dataclasses.replace(
-        experiment.data, root=make_root(experiment.data.source), size=32, loader="auto", threads=1, held_out=0
-    )
+    data = dataclasses.replace(experiment.data, root=make_root(experiment.data.source), threads=1, held_out=0)
     if data.source == "folder":
-        data = dataclasses.replace(data, loader="torchvision")
+        data = dataclasses.replace(data, size=32, loader="torchvision")
     optimization = dataclasses.replace(
         experiment.optimization, lr=experiment.optimization.lr / 100, steps=STEPS, warmup_epochs=0.0
     )
