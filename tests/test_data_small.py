@@ -244,7 +244,8 @@ def test_digits_are_never_mirrored_and_colours_are_normalised_by_the_source(tmp_
     mirrored = {}
     for source, root in roots.items():
         data = Data(source=source, root=root)
-        feed = Feed(open_dataset(data, 0), data, Batching(images=12, micro=12), seed=0, device="cpu")
+        batching = Batching(images=12, micro=12)
+        feed = Feed(open_dataset(data, 0), data, batching, seed=0, device="cpu")
         mirrored[source] = feed._training_request(0, 0, 0, batching).plan.flip.any()
     assert mirrored == {"svhn": False, "cifar10": True}
     with feed.evaluation("val", batch=6) as batches:

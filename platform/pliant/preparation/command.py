@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 import tyro
 
 from pliant.aside import written_aside
-from pliant.errors import Interrupted, UserError
+from pliant.cores import usable_cores
+from pliant.errors import Interrupted, UserError, printable
 from pliant.experiment import Data
 from pliant.preparation import imagenet, small, truth
 from pliant.preparation import split as held_out_split
@@ -30,8 +31,6 @@ _COMMANDS = {
     "split": "list the images that a run holds out of training",
     "verify": "decode every image of a dataset; list what is broken or unusual",
 }
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class AskVerify:
     """Image folder, or folder of shards."""
     split: verification.SplitName = "all"
     """Which images."""
-    workers: int = _CORES
+    workers: int = field(default_factory=usable_cores)
     """Processes that decode; default: the cores that this one may use."""
     json: Path | None = None
     """File to write the findings to, for programs."""
@@ -232,7 +231,7 @@ def _verify(ask: AskVerify) -> None:
 
 def _say(text: str) -> None:
     """A line on stdout, for a person: bytes of a name that are not UTF-8 are spelt out."""
-    print(os.fsencode(text).decode(errors="backslashreplace"), flush=True)
+    print(printable(text), flush=True)
 
 
 def _usage(*, asked: bool) -> None:
