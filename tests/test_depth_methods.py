@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 
 from pliant.engine.optimization import set_learning
 from pliant.errors import UserError
-from pliant.methods import blockdrop
 from pliant.methods.blockdrop import BlockDrop, FixedBlocks, distributed
 from pliant.methods.skipnet import SkipNet, straight_through
 from pliant.methods.urnet import URNet
@@ -289,27 +288,6 @@ def test_gates_are_sigmoids_with_probability_p_for_the_whole_batch() -> None:
             assert is_soft or gate.tolist() == [0.0, 1.0, 1.0]
             soft += is_soft
     assert soft / (200 * SMALL.number_of_blocks) == pytest.approx(0.3, abs=0.04)
-
-
-def test_curriculum_s_roll_outs_are_worth_what_masked_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU they run each block on the images that keep it, both from the same features."""
-    recipe, answers = BlockDrop(network=SMALL, open_rate=0.6), []
-    judged = BlockDrop.reward
-
-    def reward(self: BlockDrop, logits: Tensor, *rest: Any) -> Tensor:
-        answers.append(logits)
-        return judged(self, logits, *rest)
-
-    monkeypatch.setattr(BlockDrop, "reward", reward)
-    images = batch()
-    images = unmixed(images.images.double(), images.labels)
-    for share in (0.0, 0.3, 0.9):
-        answers.clear()
-        for execution in ("grouped", "masked"):
-            monkeypatch.setattr(blockdrop, "runner", lambda _, closed, by=execution: runner(by, closed))
-            next(recipe.iteration(built(recipe).double(), images, Draw(0, 0, 3, 0), at(0, share)))
-        for grouped, masked in zip(answers[:2], answers[2:], strict=True):
-            torch.testing.assert_close(grouped, masked, rtol=1e-9, atol=1e-9)
 
 
 def test_while_gates_learn_alone_they_may_be_sigmoids_more_often() -> None:

@@ -98,7 +98,7 @@ def accuracy(net: ResidualNet, root: Path) -> float:
 @pytest.mark.parametrize(
     ("depth", "top1"),
     [
-        (20, 0.9173),
+        pytest.param(20, 0.9173, marks=pytest.mark.soak),
         (32, 0.9263),
         pytest.param(44, 0.9310, marks=pytest.mark.soak),
         pytest.param(56, 0.9339, marks=pytest.mark.soak),

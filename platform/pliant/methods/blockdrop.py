@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from pliant.errors import UserError
 from pliant.methods.depth import GatedRecipe, gated_net
 from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
-from pliant.networks.execution import runner
 from pliant.networks.gated import GatedNet, full
 from pliant.networks.gates import Ask, GatePerBlock, Gates, Policy, PooledGate
 from pliant.networks.resnet import Decide, ResidualNet, ResNet
@@ -114,13 +113,11 @@ class BlockDrop(GatedRecipe):
         with torch.no_grad():
             shared = backbone.walk(backbone.stem(batch.images), range(first), None, None)
         rest = range(first, net.number_of_blocks)
-        # The frozen backbone does the same for an image whatever others do. A CPU saves what is skipped; a GPU would
-        # wait for the host to count images.
-        run = runner("grouped", self.closed) if shared.device.type == "cpu" else self.masked()
 
         def roll_out(decide: Decide) -> Tensor:
             with torch.no_grad():
-                x = backbone.walk(shared.clone(), rest, decide, run)  # grouping writes into what it is given
+                # Masked: were a block that no image of a rank keeps left out, ranks would run unlike layers (ZeRO 3).
+                x = backbone.walk(shared, rest, decide, self.masked())
                 answer: Tensor = backbone.fc(backbone.embed(x))
             return answer
 

@@ -77,7 +77,8 @@ def listings(root: Path, split: SplitName) -> dict[str, Listing]:
         elif class_folders(root):
             found[str(root)] = of_folder(root)
     if not found:
-        raise UserError(f"{root} holds no images of {split}: write a folder that holds train/CLASS/FILE or shards.")
+        what = "no images" if split == "all" else f"no images of {split}"
+        raise UserError(f"{root} holds {what}: write a folder that holds train/CLASS/FILE or shards.")
     return found
 
 
