@@ -139,7 +139,11 @@ class Trainer:
 
     def _own(self, stage: int) -> Sequence[int]:
         """Indices in a stage's global batch of this rank's micro-batches."""
-        return self.ranks.micro_batches(self.experiment.batching(stage).micro_batches)
+        return self.ranks.micro_batches(self._total(stage))
+
+    def _total(self, stage: int) -> int:
+        """Micro-batches of a stage's step, over all ranks."""
+        return self.experiment.batch.micro_batches * self.schedule.stages[stage].batch
 
     def _draws(self, stage: int, step: int) -> list[Draw]:
         return [Draw(self.experiment.seed, stage, step, index) for index in self._own(stage)]
@@ -171,7 +175,7 @@ class Trainer:
 
     def _step(self, stage: int, step: int, batches: Iterator[Batch], meter: Meter, lr: float) -> tuple[Losses, Update]:
         config, progress, draws = self.experiment, self.schedule.progress(stage, step), self._draws(stage, step)
-        total = config.batching(stage).micro_batches
+        total = self._total(stage)
         self.watchdog.alive()
         micro_batches: Any = meter.timed(batches, len(draws))
         verifying = self._verified < config.verify_gradients
@@ -273,7 +277,7 @@ class Trainer:
 
     def _mean(self, rows: Tensor) -> Tensor:
         stage, _ = self.schedule.locate(max(0, self.state.step - 1))  # of the last step that was done
-        return mean_over_ranks(rows, self.experiment.batching(stage).micro_batches)
+        return mean_over_ranks(rows, self._total(stage))
 
     def _checkpoint(self, stage: int) -> dict[str, Any]:
         """Collective. All that the run needs to go on from here."""

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from pliant.aside import written_aside
 from pliant.errors import UserError
-from pliant.report.spectrum import millions, plot, read
+from pliant.report.spectrum import millions, picture, plot, read
 
 
 def read_all(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -61,22 +60,8 @@ def table(spectra: dict[str, dict[str, Any]]) -> Table:
 
 def draw(spectra: dict[str, dict[str, Any]], path: Path) -> Path:
     """Top-1 accuracy over MACs, one curve per run; a run with one point is a mark. As a PNG."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
-    for name, spectrum in spectra.items():
-        plot(axes, spectrum["lines"], label=name)
-    axes.set_xlabel("multiply-accumulates per image (millions)")
-    axes.set_ylabel("top-1 accuracy (%)")
-    axes.set_title(_images(next(iter(spectra.values()))), fontsize=9)
-    axes.margins(y=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    with written_aside(path) as beside:
-        figure.savefig(beside)
-    pyplot.close(figure)
+    with picture(path, _images(next(iter(spectra.values())))) as axes:
+        for name, spectrum in spectra.items():
+            plot(axes, spectrum["lines"], label=name)
+        axes.legend(fontsize=8, loc="lower right")
     return path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +74,37 @@ def millions(value: float | None, digits: int = 2) -> str:
 
 def draw(spectrum: dict[str, Any], path: Path) -> Path:
     """Top-1 accuracy over MACs, as a PNG."""
+    with picture(path, title(spectrum)) as axes:
+        _curve(axes, spectrum["lines"])
+    return path
+
+
+@contextmanager
+def picture(path: Path, above: str) -> Iterator[Any]:
+    """Axes of accuracy over cost, to plot on; a PNG at the end."""
     import matplotlib  # slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.4), dpi=150)
-    for line, cost, accuracy in _apart(plot(axes, spectrum["lines"], color="#1f5fa8")):
-        axes.annotate(
-            line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
-        )
+    yield axes
     axes.set_xlabel("multiply-accumulates per image (millions)")
     axes.set_ylabel("top-1 accuracy (%)")
-    axes.set_title(title(spectrum), fontsize=9)
+    axes.set_title(above, fontsize=9)
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with written_aside(path) as beside:
         figure.savefig(beside)
     pyplot.close(figure)
-    return path
+
+
+def _curve(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
+    for line, cost, accuracy in _apart(plot(axes, lines, color="#1f5fa8")):
+        axes.annotate(
+            line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+        )
 
 
 def plot(axes: Any, lines: Sequence[dict[str, Any]], **style: Any) -> list[tuple[dict[str, Any], float, float]]:
