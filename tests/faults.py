@@ -60,8 +60,8 @@ class Trial:
     def kill_training(self, instant: str) -> bool:
         """Whether a rank was killed before the run was at its end."""
         pair = self.train()
-        reached = {"anywhere": self._at_random, "checkpoint": self._in_a_write, "evaluation": self._in_validation}
-        came = reached[instant](pair)
+        wait = {"anywhere": self._at_random, "checkpoint": self._in_a_write, "evaluation": self._in_validation}
+        came = wait[instant](pair)
         if came and pair.running():
             pair.kill(self.generator.randrange(2))
         ends = pair.finish(_PATIENCE if came else _LONGEST)
@@ -70,17 +70,20 @@ class Trial:
             # The other one leaves by itself, or is at its end; if they had not met yet, its launcher ends it.
             assert status in ((-signal.SIGKILL, EXIT_RANKS_LOST, 0) if killed else (0,)), f"{status}: {said}"
             assert "Traceback" not in said or killed, said
-        self.kills[instant] += killed
+        self.kills[came or instant] += killed
         return killed
 
-    def _at_random(self, pair: Launch) -> bool:
-        """From the rendezvous on; now and then while the processes still start."""
+    def _at_random(self, pair: Launch) -> str:
+        """Within the next steps, counted, since machines differ in speed; now and then before the first of them."""
+        before = len(self._logged())
+        further = self.generator.randrange(0, 12)
         if self.generator.random() < 0.8:
             self._wait(pair, lambda: all(listens(process.pid) for process in pair.processes))
-        time.sleep(self.generator.uniform(0.0, 2.0))
-        return True
+            self._wait(pair, lambda: len(self._logged()) >= before + further)
+        time.sleep(self.generator.uniform(0.0, 0.2))
+        return "anywhere"
 
-    def _in_a_write(self, pair: Launch) -> bool:
+    def _in_a_write(self, pair: Launch) -> str | None:
         wanted = self.generator.randrange(1, 4)
         seen: set[Path] = set()
 
@@ -88,21 +91,34 @@ class Trial:
             seen.update(self.runs.glob("*/*/checkpoints/*.partial"))
             return len(seen) >= wanted
 
-        return self._wait(pair, writing, poll=0.0005)
+        return "checkpoint" if self._wait(pair, writing, poll=0.0005) else None
 
-    def _in_validation(self, pair: Launch) -> bool:
-        """The step that a validation follows stands in the log; the validation's own line does not yet."""
+    def _in_validation(self, pair: Launch) -> str | None:
+        """The step that a validation follows stands in the log; the validation's own line does not yet.
+
+        It is a matter of milliseconds: after two that were missed the rank is killed wherever it is.
+        """
         steps = 40 * 5 // 32
-        wanted = self.generator.randrange(1, 3)
+        old, before = len(self._logged()), self._validations()
 
         def validating() -> bool:
-            lines = [line for log in self.runs.glob("*/*/log.jsonl") for line in log.read_text().splitlines()]
-            entries = [json.loads(line) for line in lines if line.endswith("}")]
-            last = entries[-1] if entries else {}
-            done = sum(entry["event"] == "val" for entry in entries)
-            return last.get("event") == "step" and last["step"] % steps == 0 and done >= wanted
+            last = json.loads((self._logged()[old:] or ["{}"])[-1])
+            return last.get("event") == "step" and last["step"] % steps == 0
 
-        return self._wait(pair, validating, poll=0.001)
+        def missed() -> bool:
+            return self._validations() >= before + 2
+
+        if not self._wait(pair, lambda: validating() or missed(), poll=0.001):
+            return None
+        return "anywhere" if missed() else "evaluation"
+
+    def _logged(self) -> list[str]:
+        """The log's whole lines."""
+        lines = [line for log in self.runs.glob("*/*/log.jsonl") for line in log.read_text().splitlines()]
+        return [line for line in lines if line.endswith("}")]
+
+    def _validations(self) -> int:
+        return sum('"event": "val"' in line for line in self._logged())
 
     def _wait(self, pair: Launch, condition: Callable[[], bool], poll: float = 0.01) -> bool:
         began = time.monotonic()
