@@ -9,7 +9,7 @@ its baselines.
 
 from pliant import cli
 from pliant.experiment import Batching, Data, Experiment, Optimization
-from pliant.methods.blockdrop import FixedBlocks
+from pliant.methods.fixed_blocks import FixedBlocks
 from pliant.networks.resnet import ResNet
 
 EXPERIMENT = Experiment(

@@ -17,8 +17,9 @@ from pliant.engine.session import train
 from pliant.engine.verification import gathered
 from pliant.errors import UserError
 from pliant.experiment import Batching, Data, Experiment, Optimization, Saving
-from pliant.methods.blockdrop import BlockDrop, FixedBlocks
+from pliant.methods.blockdrop import BlockDrop
 from pliant.methods.depth import Plain
+from pliant.methods.fixed_blocks import FixedBlocks
 from pliant.methods.i_net import INet
 from pliant.methods.s_net import SNet
 from pliant.methods.skipnet import SkipNet

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from pliant.engine.optimization import set_learning
 from pliant.errors import UserError
-from pliant.methods.blockdrop import BlockDrop, FixedBlocks, distributed
+from pliant.methods.blockdrop import BlockDrop
+from pliant.methods.fixed_blocks import FixedBlocks, distributed
 from pliant.methods.skipnet import SkipNet, straight_through
 from pliant.methods.urnet import URNet
 from pliant.networks.execution import runner
@@ -58,6 +59,7 @@ ALL = [
     SkipNet(network=SMALL, learning="hrl", costs="macs", gate="ff1"),
     BlockDrop(network=SMALL),
     BlockDrop(network=SMALL, decide="block by block", baseline="none", entropy=0.1),
+    BlockDrop(network=SMALL, policy_share=0.2),
     URNet(network=SMALL),
     URNet(network=SMALL, variant="external"),
     URNet(network=SMALL, variant="random"),
@@ -177,6 +179,28 @@ def test_costs_of_blocks_have_mean_1() -> None:
 
 
 # --- BlockDrop
+
+
+def test_policy_network_may_learn_the_classes_first() -> None:
+    """Its features learn what a network of their own would; what decides is left as drawn, and costs nothing more."""
+    recipe = BlockDrop(network=SMALL, policy_share=0.2)
+    assert [stage.name for stage in recipe.stages()] == ["classify", "curriculum", "joint"]
+    assert sum(stage.share for stage in recipe.stages()) == pytest.approx(1.0)
+    net = built(recipe)
+    alone = copy.deepcopy(net.gates)
+    only(recipe.iteration(net, batch(), Draw(0, 0, 3, 0), at(0))).loss.backward()
+    alone.net.fc = alone.classify
+    cross_entropy(alone.logits(batch().images), batch().labels).backward()
+    for name, parameter in alone.net.named_parameters():
+        if not name.startswith("fc."):
+            assert torch.equal(net.gates.net.get_parameter(name).grad, parameter.grad), name
+    assert torch.equal(net.gates.classify.weight.grad, alone.classify.weight.grad)
+    assert net.gates.net.fc.weight.grad is None
+    without = BlockDrop(network=SMALL).build(5)
+    assert net.gates.macs(net.backbone, 32) == without.gates.macs(without.backbone, 32)
+    curriculum = at(1, 0.9)
+    assert recipe.decided(curriculum) == SMALL.number_of_blocks
+    assert recipe.decided(at(1)) == 1
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -371,6 +395,8 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
         (lambda: BlockDrop(network=SMALL, alpha=1.0), "leaves no exploration"),
         (lambda: BlockDrop(network=SMALL, alpha=0.5), "leaves no exploration"),
         (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),
+        (lambda: BlockDrop(network=SMALL, policy_share=0.3), "nothing is left for joint fine-tuning"),
+        (lambda: BlockDrop(network=SMALL, policy_share=0.1, decide="block by block"), "no policy network to train"),
         (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),
         (lambda: URNet(network=SMALL, gates_p=2.0), "write --recipe.gates-p"),
         (lambda: URNet(network=SMALL, smallest=0.5, largest=0.4), "Scales lie in"),

@@ -20,8 +20,9 @@ from PIL import Image
 from pliant import record
 from pliant.engine.session import train
 from pliant.experiment import Batching, Experiment
-from pliant.methods.blockdrop import BlockDrop, FixedBlocks
+from pliant.methods.blockdrop import BlockDrop
 from pliant.methods.depth import ResidualRecipe
+from pliant.methods.fixed_blocks import FixedBlocks
 from tests.runs import REPOSITORY, losses, tiny_cifar
 from tests.test_step import ALONE
 

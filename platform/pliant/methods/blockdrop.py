@@ -5,7 +5,7 @@ It learns by policy gradient on a frozen residual network, from the last blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -23,10 +23,13 @@ from pliant.networks.resnet import Decide, ResidualNet, ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Pass, Progress, Stage
 
+_CLASSIFIER = ("gates.net.conv", "gates.net.bn", "gates.net.layer", "gates.classify")
+"""Parameters of the policy network as a classifier: all but its decisions' own layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDrop(GatedRecipe):
-    """Algorithm 1: curriculum, then joint fine-tuning."""
+    """Algorithm 1: curriculum, then joint fine-tuning; before them, if asked, the policy network learns the classes."""
 
     decide: Literal["once", "block by block"] = "once"
     """once: a policy network, ahead of all blocks. block by block: from each block's averaged input, the sequential
@@ -45,6 +48,10 @@ class BlockDrop(GatedRecipe):
     """Share of the curriculum stage after which all blocks are decided: K epochs in the paper."""
     entropy: float = 0.0
     """Weight of an entropy bonus in the curriculum; 0.1 in the authors' code, absent from the paper."""
+    policy_share: float = 0.0
+    """Share of the run in which the policy network first learns to tell the classes apart, with a classifier that
+    nothing asks afterwards: one that knows what it sees learns sooner which blocks that takes. Not in the paper; the
+    authors' policy for ImageNet begins with weights of a trained classifier."""
     curriculum_share: float = 0.7
     """Share of the run with the residual network frozen: 5,000 of 7,000 epochs."""
     joint_rate: float = 1.0
@@ -65,6 +72,15 @@ class BlockDrop(GatedRecipe):
                 f"With a --recipe.curriculum-share of {self.curriculum_share:g} a stage trains nothing: write one in "
                 "(0, 1)."
             )
+        if self.policy_share < 0.0 or not self.policy_share + self.curriculum_share < 1.0:
+            raise UserError(
+                f"With a --recipe.policy-share of {self.policy_share:g} beside a --recipe.curriculum-share of "
+                f"{self.curriculum_share:g} nothing is left for joint fine-tuning: write two whose sum is below 1."
+            )
+        if self.policy_share and self.decide != "once":
+            raise UserError(
+                "Deciding block by block there is no policy network to train first: leave --recipe.policy-share out."
+            )
         if not 0.0 < self.grow <= 1.0:
             raise UserError(f"A share of the stage lies in (0, 1]: write --recipe.grow so, not {self.grow:g}.")
 
@@ -75,15 +91,20 @@ class BlockDrop(GatedRecipe):
     def _gates(self, backbone: ResidualNet) -> Gates:
         if self.decide == "block by block":
             return GatePerBlock([PooledGate(block.inputs) for block in backbone.blocks()], 0)
+        blocks, classes = self.network.number_of_blocks, backbone.classes if self.policy_share else 0
         if self.network.form == "imagenet":
-            return Policy(ResNet(form="imagenet", depth=10), self.network.number_of_blocks, pool=2)
-        return Policy(ResNet(depth=8, shortcut="pool"), self.network.number_of_blocks)
+            return Policy(ResNet(form="imagenet", depth=10), blocks, pool=2, classes=classes)
+        return Policy(ResNet(depth=8, shortcut="pool"), blocks, classes=classes)
 
     def stages(self) -> tuple[Stage, ...]:
-        return (
-            Stage(name="curriculum", learns=("gates",), share=self.curriculum_share, batch=self.curriculum_batch),
-            Stage(name="joint", share=1.0 - self.curriculum_share, learning_rate=self.joint_rate),
+        policy = "gates.net" if self.policy_share else "gates"  # without the classifier that nothing asks by then
+        rest = 1.0 - self.policy_share - self.curriculum_share
+        stages = (
+            Stage(name="classify", learns=_CLASSIFIER, share=self.policy_share),
+            Stage(name="curriculum", learns=(policy,), share=self.curriculum_share, batch=self.curriculum_batch),
+            Stage(name="joint", learns=("backbone", policy), share=rest, learning_rate=self.joint_rate),
         )
+        return stages if self.policy_share else stages[1:]
 
     def admits_mixing(self) -> str | None:
         return "BlockDrop rewards right answers, and a mixed image has none"
@@ -94,17 +115,24 @@ class BlockDrop(GatedRecipe):
     def decided(self, progress: Progress) -> int:
         """t: how many of the last blocks the policy decides; the others run (Algorithm 1, line 7)."""
         blocks = self.network.number_of_blocks
-        if not self.curriculum or progress.stage > 0:
+        if not self.curriculum or self._stage(progress) != "curriculum":
             return blocks
         return min(blocks, 1 + int(progress.stage_share / self.grow * blocks))
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
         gated = cast(GatedNet, net)
         generator = draw.generator(batch.images.device, "policy")
-        if progress.stage == 0:
-            yield self._curriculum(gated, batch, generator, self.decided(progress))
-        else:
-            yield self._joint(gated, batch, generator)
+        match self._stage(progress):
+            case "classify":
+                loss = cross_entropy(cast(Policy, gated.gates).classes(batch.images), batch.targets)
+                yield Pass("classes", loss)
+            case "curriculum":
+                yield self._curriculum(gated, batch, generator, self.decided(progress))
+            case _:
+                yield self._joint(gated, batch, generator)
+
+    def _stage(self, progress: Progress) -> str:
+        return self.stages()[progress.stage].name
 
     def _curriculum(self, net: GatedNet, batch: Batch, generator: torch.Generator, decided: int) -> Pass:
         """The policy alone learns. What runs for all images runs once, for both roll-outs."""
@@ -206,78 +234,3 @@ class BlockDrop(GatedRecipe):
             "advantage_sd": advantage.std(unbiased=False),
             "blocks": opened.sum(1).mean() + always,
         }
-
-
-Rule = Literal["first", "random", "distribute", "given"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedBlocks(GatedRecipe):
-    """Baselines of Table 1: K blocks that no image has a say in; a run of no steps evaluates without fine-tuning."""
-
-    rule: Rule = "first"
-    """first: the first K. random: K drawn once, from the run's seed. distribute: evenly over the groups, each group's
-    first. given: those that `blocks` lists."""
-    keep: int = 10
-    """K."""
-    blocks: tuple[int, ...] = ()
-    """Numbers of the blocks kept, from 0, for the rule given."""
-    draw: int = 0
-    """Which random choice."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number = self.network.number_of_blocks
-        if self.rule != "given" and not 0 <= self.keep <= number:
-            raise UserError(f"Of {number} blocks {self.keep} cannot be kept: write --recipe.keep from 0 to {number}.")
-        if any(not 0 <= block < number for block in self.blocks):
-            raise UserError(
-                f"This policy is for another number of blocks: write --recipe.blocks from 0 to {number - 1}."
-            )
-
-    def kept(self) -> tuple[int, ...]:
-        """The numbers of the blocks that run, in order."""
-        number = self.network.number_of_blocks
-        if self.rule == "given":
-            return tuple(sorted(self.blocks))
-        if self.rule == "first":
-            return tuple(range(self.keep))
-        if self.rule == "random":
-            order = torch.randperm(number, generator=torch.Generator().manual_seed(self.draw))
-            return tuple(sorted(order[: self.keep].tolist()))
-        return distributed(self.network.blocks_of_groups, self.keep)
-
-    def build(self, classes: int) -> nn.Module:
-        backbone = self.network.build(classes)
-        return GatedNet(backbone, Always(self.kept(), self.network.number_of_blocks))
-
-    def passes(self, progress: Progress) -> int:
-        return 1
-
-    def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
-        walk = cast(GatedNet, net)(batch.images, lambda number, logits: (logits >= 0).to(logits), self.masked())
-        yield Pass("kept", cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing))
-
-
-def distributed(groups: Sequence[int], keep: int) -> tuple[int, ...]:
-    """Numbers of `keep` blocks spread over groups of these sizes, as evenly as they allow; each group's first ones."""
-    counts = [0] * len(groups)
-    for _ in range(keep):
-        open_groups = [index for index, size in enumerate(groups) if counts[index] < size]
-        counts[min(open_groups, key=lambda index: counts[index])] += 1
-    starts = [sum(groups[:index]) for index in range(len(groups))]
-    return tuple(start + index for start, count in zip(starts, counts, strict=True) for index in range(count))
-
-
-class Always(Gates):
-    """The same answer for every image."""
-
-    def __init__(self, kept: Sequence[int], blocks: int) -> None:
-        super().__init__()
-        self.answer = [1.0 if number in kept else -1.0 for number in range(blocks)]
-
-    def begin(self, images: Tensor, scale: float | None) -> Callable[[int, Tensor], Tensor]:
-        return lambda number, x: x.new_full((len(x),), self.answer[number])
-
-    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
-        return (0,) * len(self.answer)

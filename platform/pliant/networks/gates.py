@@ -159,21 +159,32 @@ class ConditionalGate(nn.Module):
 class Policy(Gates):
     """A network of its own that looks at the image and decides all blocks at once (BlockDrop section 3.2).
 
-    With `scaled`, the user's scale is one more feature (URNet's external network).
+    With `scaled`, the user's scale is one more feature (URNet's external network). With `classes`, it can first be
+    trained as a classifier; the classifier's own layer counts no multiply-accumulates, since nothing asks it later.
     """
 
-    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False) -> None:
+    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False, classes: int = 0) -> None:
         """`pool`: the image is averaged over so many pixels a side first: 2 gives ImageNet's 112 x 112."""
         super().__init__()
         self.pool, self.scaled = pool, scaled
         self.net = spec.build(1)
+        self.classify = nn.Linear(self.net.features, classes) if classes else None
         self.net.fc = nn.Linear(self.net.features + scaled, blocks)
+
+    def _features(self, images: Tensor) -> Tensor:
+        small = F.avg_pool2d(images, self.pool) if self.pool > 1 else images
+        x = self.net.walk(self.net.stem(small), range(self.net.spec.number_of_blocks), None, None)
+        return self.net.embed(x)
+
+    def classes(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the classifier's logits (B, K)."""
+        assert self.classify is not None
+        answer: Tensor = self.classify(self._features(images))
+        return answer
 
     def logits(self, images: Tensor, scale: float | None = None) -> Tensor:
         """Images (B, 3, H, W) to (B, N)."""
-        small = F.avg_pool2d(images, self.pool) if self.pool > 1 else images
-        x = self.net.walk(self.net.stem(small), range(self.net.spec.number_of_blocks), None, None)
-        features = self.net.embed(x)
+        features = self._features(images)
         if self.scaled:
             wish = features.new_full((len(features), 1), 1.0 if scale is None else scale)
             features = torch.cat([features, wish], 1)
