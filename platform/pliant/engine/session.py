@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +43,63 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
         UserError: something asked for cannot be done.
         Interrupted: a signal came, and a checkpoint was written.
     """
-    experiment = honoured(experiment)
+    opened = _open(honoured(experiment), ranks, recipe_file)
+    experiment, feed, run = opened.experiment, opened.feed, opened.run
+    with (
+        Telemetry(run, first=ranks.first, step=opened.step) as telemetry,
+        Saver(run.checkpoints, ranks, experiment.saving, telemetry.warn) as saver,
+        watchdog(run.path, ranks, experiment.timeout_minutes) as guard,
+        listening() as interruption,
+    ):
+        for note in opened.notes:
+            telemetry.warn(note)
+        if ranks.first:  # the others' telemetry is silent, and each rank sees its own images
+            feed.faults.tell = telemetry.warn
+        telemetry.say(_introduction(opened))
+        trainer = Trainer(
+            experiment=experiment,
+            ranks=ranks,
+            folder=run,
+            feed=feed,
+            net=opened.net,
+            schedule=opened.schedule,
+            precision=Precision(experiment.precision, ranks.device),
+            telemetry=telemetry,
+            interruption=interruption,
+            saver=saver,
+            watchdog=guard,
+            ema=_make_ema(experiment, opened.net),
+        )
+        if opened.graphs is not None:
+            compile_net(opened.net, opened.graphs)
+        telemetry.event("start", step=opened.step, ranks=ranks.count)
+        trainer.run(opened.restored)
+        broken = _broken(feed, ranks, telemetry)
+        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, **broken)
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """All that a training begins with."""
+
+    experiment: Experiment
+    feed: Feed
+    schedule: Schedule
+    run: RunFolder
+    net: nn.Module
+    step: int
+    """Steps done already."""
+    restored: Any
+    """The state of the checkpoint that it goes on from."""
+    graphs: int | None
+    """How many graphs are to be compiled, if any."""
+    notes: list[str]
+    """What to warn of."""
+
+
+def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Opened:
+    """Collective. Checks all that can be checked, then allocates the network and makes or finds the run's folder."""
     if ranks.device.type == "cpu":
         torch.set_num_threads(experiment.threads or threads_per_rank())
     if ranks.first:
@@ -65,40 +122,17 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
         experiment.recipe.start(net)
-    if run is None:
-        run = _agreed(ranks, lambda: folder.create(experiment, recipe_file))
-    with (
-        Telemetry(run, first=ranks.first, step=0 if found is None else found.step) as telemetry,
-        Saver(run.checkpoints, ranks, experiment.saving, telemetry.warn) as saver,
-        watchdog(run.path, ranks, experiment.timeout_minutes) as guard,
-        listening() as interruption,
-    ):
-        for note in [*feed.dataset.notes(), *notes]:
-            telemetry.warn(note)
-        if ranks.first:  # the others' telemetry is silent, and each rank sees its own images
-            feed.faults.tell = telemetry.warn
-        telemetry.say(_introduction(experiment, feed, schedule, run, net))
-        trainer = Trainer(
-            experiment=experiment,
-            ranks=ranks,
-            folder=run,
-            feed=feed,
-            net=net,
-            schedule=schedule,
-            precision=Precision(experiment.precision, ranks.device),
-            telemetry=telemetry,
-            interruption=interruption,
-            saver=saver,
-            watchdog=guard,
-            ema=_make_ema(experiment, net),
-        )
-        if graphs is not None:
-            compile_net(net, graphs)
-        telemetry.event("start", step=0 if found is None else found.step, ranks=ranks.count)
-        trainer.run(restored)
-        broken = _broken(feed, ranks, telemetry)
-        telemetry.event("end", step=trainer.state.step, seconds=trainer.state.seconds, **broken)
-    return run
+    return _Opened(
+        experiment=experiment,
+        feed=feed,
+        schedule=schedule,
+        run=run or _agreed(ranks, lambda: folder.create(experiment, recipe_file)),
+        net=net,
+        step=0 if found is None else found.step,
+        restored=restored,
+        graphs=graphs,
+        notes=[*feed.dataset.notes(), *notes],
+    )
 
 
 def _broken(feed: Feed, ranks: Ranks, telemetry: Telemetry) -> dict[str, int]:
@@ -191,17 +225,17 @@ def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpo
     return run, found, [*notes, *(str(one.message) for one in caught)]
 
 
-def _introduction(experiment: Experiment, feed: Feed, schedule: Schedule, run: RunFolder, net: nn.Module) -> str:
-    dataset = feed.dataset
-    parameters = sum(parameter.numel() for parameter in net.parameters())
+def _introduction(opened: _Opened) -> str:
+    experiment, feed, dataset = opened.experiment, opened.feed, opened.feed.dataset
+    parameters = sum(parameter.numel() for parameter in opened.net.parameters())
     held = "" if dataset.held_out is None else f", {len(dataset.held_out)} held out"
     return (
         f"{experiment.name}: {type(experiment.recipe).__name__}, {parameters:,} parameters, "
         f"{dataset.num_classes} classes\n"
-        f"{len(dataset.train)} training images{held}, by {feed.loader}; {schedule.total} steps of "
+        f"{len(dataset.train)} training images{held}, by {feed.loader}; {opened.schedule.total} steps of "
         f"{experiment.batch.images} images in micro-batches of {experiment.batch.micro}, {experiment.precision}"
         f"{_backend(experiment)}\n"
-        f"run folder {run.path}"
+        f"run folder {opened.run.path}"
     )
 
 
