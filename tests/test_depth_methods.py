@@ -182,25 +182,31 @@ def test_costs_of_blocks_have_mean_1() -> None:
 
 
 def test_policy_network_may_learn_the_classes_first() -> None:
-    """Its features learn what a network of their own would; what decides is left as drawn, and costs nothing more."""
+    """It learns them as a network of its own would, and then which blocks each class runs."""
     recipe = BlockDrop(network=SMALL, policy_share=0.2)
     assert [stage.name for stage in recipe.stages()] == ["classify", "curriculum", "joint"]
     assert sum(stage.share for stage in recipe.stages()) == pytest.approx(1.0)
     net = built(recipe)
-    alone = copy.deepcopy(net.gates)
+    alone = copy.deepcopy(net.gates.net)
     only(recipe.iteration(net, batch(), Draw(0, 0, 3, 0), at(0))).loss.backward()
-    alone.net.fc = alone.classify
-    cross_entropy(alone.logits(batch().images), batch().labels).backward()
-    for name, parameter in alone.net.named_parameters():
-        if not name.startswith("fc."):
-            assert torch.equal(net.gates.net.get_parameter(name).grad, parameter.grad), name
-    assert torch.equal(net.gates.classify.weight.grad, alone.classify.weight.grad)
-    assert net.gates.net.fc.weight.grad is None
-    without = BlockDrop(network=SMALL).build(5)
-    assert net.gates.macs(net.backbone, 32) == without.gates.macs(without.backbone, 32)
-    curriculum = at(1, 0.9)
-    assert recipe.decided(curriculum) == SMALL.number_of_blocks
-    assert recipe.decided(at(1)) == 1
+    cross_entropy(alone(batch().images), batch().labels).backward()
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(net.gates.net.get_parameter(name).grad, parameter.grad), name
+    assert net.gates.fc.weight.grad is None
+    assert (recipe.decided(at(1)), recipe.decided(at(1, 0.9))) == (1, SMALL.number_of_blocks)
+
+
+def test_policy_by_class_is_the_mean_of_the_classes_decisions() -> None:
+    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.8)).eval()
+    gates = net.gates
+    with torch.no_grad():
+        ask = gates.begin(batch().images, None)
+        answer = torch.stack([ask(number, batch().images) for number in range(SMALL.number_of_blocks)], 1)
+        by_class = gates.fc.weight.T + gates.fc.bias
+        torch.testing.assert_close(answer, gates.classes(batch().images).softmax(1) @ by_class)
+    assert gates.fc.bias.sigmoid().tolist() == pytest.approx([0.8] * SMALL.number_of_blocks)
+    assert gates.net.fc.bias.abs().max() < 1, "what tells the classes is left as drawn"
+    assert sum(gates.macs(net.backbone, 32)) == cost(gates.net, 32).total + 5 * SMALL.number_of_blocks
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])

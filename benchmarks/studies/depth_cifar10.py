@@ -31,11 +31,13 @@ from pliant.engine.trained import open_run
 from pliant.methods.depth import GatedRecipe
 from pliant.networks.execution import folded, runner
 from pliant.networks.gated import GatedNet, threshold
+from pliant.networks.gates import ClassPolicy
 from pliant.recipe import Scale, parse_point
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCALES = ("S0.2", "S0.4", "S0.6", "S0.8", "S1")
-STEPS_OF_EPOCH = 45_000 // 256
+LEARNED = 45_000
+"""Training images: the rest is held out."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +52,32 @@ class Row:
     at: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     """Points whose commonest policy is frozen and fine-tuned as long as the last stage."""
+    images: int = 256
+    """Of a step."""
 
 
-def depth(epochs: Sequence[float], *options: str) -> tuple[str, ...]:
+def depth(epochs: Sequence[float], *options: str, images: int = 256) -> tuple[str, ...]:
     """What all rows have in common."""
     given = ("--optimization.steps", "0") if not sum(epochs) else ("--optimization.epochs", f"{sum(epochs):g}")
     return (
         *("--recipe.network.shortcut", "pad", "--data.statistics", "imagenet", "--data.held-out", "5000"),
-        *("--batch.images", "256", "--batch.micro", "256", "--optimization.floor", "0.01"),
+        *("--batch.images", f"{images}", "--batch.micro", f"{images}", "--optimization.floor", "0.01"),
         *("--optimization.schedule", "cosine", "--evaluate-epochs", "5", "--saving.keep", "100", "--log-steps", "50"),
         *given,
         *options,
     )
 
 
-def blockdrop(*options: str, epochs: tuple[float, ...] = (6, 16, 10)) -> Row:
+def blockdrop(*options: str, epochs: tuple[float, ...] = (40, 4, 16), images: int = 128) -> Row:
     """The policy network as a classifier, if there are three stages; the curriculum; joint fine-tuning.
 
     With 15 blocks, gamma 1 and an alpha of 0.8 no policy but all blocks for all images can be found: every sampled one
-    lacks blocks and is wrong too often to pay. With a small gamma it pays to be right at all, and the policy climbs.
+    lacks blocks and is wrong too often to pay. With a small gamma it pays to be right at all.
     """
     shares = [f"{each / sum(epochs):.6f}" for each in epochs]
     first = (f"--recipe.policy-share={shares[0]}",) if len(epochs) > 2 else ()
-    own = ("--recipe.curriculum-share", shares[-2], "--optimization.lr", "4e-3", "--recipe.joint-rate", "0.075")
-    own = (*own, "--recipe.curriculum-batch", "1")
-    return Row("blockdrop_cifar10", depth(epochs, *first, *own, *options), epochs, frozen=("native",))
+    own = (*first, "--recipe.curriculum-share", shares[-2], "--recipe.curriculum-batch", "1", *options)
+    return Row("blockdrop_cifar10", depth(epochs, *own, images=images), epochs, frozen=("native",), images=images)
 
 
 def skipnet(*options: str, epochs: tuple[float, ...] = (18, 8)) -> Row:
@@ -106,11 +109,12 @@ ROWS = {
     "skipnet": skipnet("--recipe.alpha", "2", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
     "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
     "blockdrop": blockdrop(
-        *("--recipe.gamma", "0.1", "--recipe.joint-gamma", "0.5", "--recipe.alpha", "0.9", "--recipe.entropy=0.02"),
-        *("--recipe.open-rate", "0.5", "--recipe.grow", "0.05"),
+        *("--recipe.gamma", "0.5", "--recipe.joint-gamma", "0.5", "--recipe.alpha", "0.9", "--recipe.grow", "0.05"),
+        *("--optimization.lr", "4e-3", "--recipe.curriculum-rate", "25", "--recipe.joint-rate", "0.05"),
+        *("--recipe.open-rate", "0.5"),
     ),
-    "blockdrop gamma 1": blockdrop("--recipe.gamma", "1", *OLD, epochs=(26, 16)),
-    "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16)),
+    "blockdrop gamma 1": blockdrop("--recipe.gamma", "1", *OLD, epochs=(26, 16), images=256),
+    "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),
     "urnet p 0.2": urnet("--recipe.p", "0.2", "--recipe.gates-p", "0.5"),
     "skipnet alpha 5": skipnet("--recipe.alpha", "5", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
     "skipnet alpha 0.7": skipnet(
@@ -217,6 +221,18 @@ def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
     return {point: round(statistics.median(several[1:]), 3) for point, several in ratios.items()}
 
 
+@torch.inference_mode()
+def policy_alone(run: Path, checkpoint: str, settings: Settings) -> float | None:
+    """Top-1 of a policy network that learned the classes, asked for them: what it takes no residual network to do."""
+    trained = open_run(run, Ranks(0, 1, torch.device("cpu")), which=checkpoint, root=settings.root)
+    gates = cast(GatedNet, trained.net).gates
+    if not isinstance(gates, ClassPolicy):
+        return None
+    with trained.feed.evaluation("val", batch=500) as batches:
+        right = [(gates.classes(batch.images).argmax(1) == batch.labels).double() for batch in batches]
+    return torch.cat(right).mean().item()
+
+
 def commonest(opened: np.ndarray[Any, Any]) -> tuple[list[int], float]:
     """The blocks of the policy that most images share, and the share."""
     policies, images = np.unique(opened, axis=0, return_counts=True)
@@ -252,8 +268,9 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
         "training_minutes": round(sum(event.get("seconds", 0) for event in events if event["event"] == "step") / 60, 1),
     }
     if len(row.epochs) > 1:
-        boundary = str(sum(round(each * STEPS_OF_EPOCH) for each in row.epochs[:-1]))
+        boundary = str(sum(round(each * (LEARNED // row.images)) for each in row.epochs[:-1]))
         done["before"] = [plain(line, reference) for line in measure(name, row, run, settings, boundary)]
+        done["policy_alone"] = [policy_alone(run, which, settings) for which in (boundary, "newest")]
     lines = measure(name, row, run, settings)
     times = clock(run, [line["point"] for line in lines], settings) if row.frozen else {}
     done["points"] = [plain(line, reference) | {"time": times.get(line["point"])} for line in lines]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch._dynamo
 from torch import nn
 
 from pliant.errors import UserError
@@ -38,6 +37,8 @@ def compile_net(net: nn.Module, graphs: int, backend: str | Callable[..., Any] =
             where batches may be shorter.
         backend: of torch.compile.
     """
+    import torch._dynamo.config  # takes a second
+
     torch._dynamo.config.recompile_limit = 4 * graphs + 4
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     net.compile(dynamic=False, fullgraph=True, backend=backend)

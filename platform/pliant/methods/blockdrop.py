@@ -18,13 +18,10 @@ from pliant.errors import UserError
 from pliant.methods.depth import GatedRecipe, gated_net
 from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
 from pliant.networks.gated import GatedNet, full
-from pliant.networks.gates import Ask, GatePerBlock, Gates, Policy, PooledGate
+from pliant.networks.gates import Ask, ClassPolicy, GatePerBlock, Gates, Policy, PooledGate
 from pliant.networks.resnet import Decide, ResidualNet, ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Pass, Progress, Stage
-
-_CLASSIFIER = ("gates.net.conv", "gates.net.bn", "gates.net.layer", "gates.classify")
-"""Parameters of the policy network as a classifier: all but its decisions' own layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +46,11 @@ class BlockDrop(GatedRecipe):
     entropy: float = 0.0
     """Weight of an entropy bonus in the curriculum; 0.1 in the authors' code, absent from the paper."""
     policy_share: float = 0.0
-    """Share of the run in which the policy network first learns to tell the classes apart, with a classifier that
-    nothing asks afterwards: one that knows what it sees learns sooner which blocks that takes. Not in the paper; the
-    authors' policy for ImageNet begins with weights of a trained classifier."""
+    """Share of the run in which the policy network first learns to tell the classes apart; the curriculum then trains a
+    layer behind it, which holds the decisions of each class. That takes some hundred steps, where the paper's policy
+    network learns all of it from rewards in 5,000 epochs. 0: as the paper has it."""
+    curriculum_rate: float = 1.0
+    """Factor on the learning rate in the curriculum."""
     curriculum_share: float = 0.7
     """Share of the run with the residual network frozen: 5,000 of 7,000 epochs."""
     joint_rate: float = 1.0
@@ -91,18 +90,27 @@ class BlockDrop(GatedRecipe):
     def _gates(self, backbone: ResidualNet) -> Gates:
         if self.decide == "block by block":
             return GatePerBlock([PooledGate(block.inputs) for block in backbone.blocks()], 0)
-        blocks, classes = self.network.number_of_blocks, backbone.classes if self.policy_share else 0
-        if self.network.form == "imagenet":
-            return Policy(ResNet(form="imagenet", depth=10), blocks, pool=2, classes=classes)
-        return Policy(ResNet(depth=8, shortcut="pool"), blocks, classes=classes)
+        imagenet, blocks = self.network.form == "imagenet", self.network.number_of_blocks
+        spec = ResNet(form="imagenet", depth=10) if imagenet else ResNet(depth=8, shortcut="pool")
+        if self.policy_share:
+            return ClassPolicy(spec, blocks, backbone.classes, pool=2 if imagenet else 1)
+        return Policy(spec, blocks, pool=2 if imagenet else 1)
 
     def stages(self) -> tuple[Stage, ...]:
-        policy = "gates.net" if self.policy_share else "gates"  # without the classifier that nothing asks by then
-        rest = 1.0 - self.policy_share - self.curriculum_share
         stages = (
-            Stage(name="classify", learns=_CLASSIFIER, share=self.policy_share),
-            Stage(name="curriculum", learns=(policy,), share=self.curriculum_share, batch=self.curriculum_batch),
-            Stage(name="joint", learns=("backbone", policy), share=rest, learning_rate=self.joint_rate),
+            Stage(name="classify", learns=("gates.net",), share=self.policy_share),
+            Stage(
+                name="curriculum",
+                learns=("gates.fc",) if self.policy_share else ("gates",),
+                share=self.curriculum_share,
+                learning_rate=self.curriculum_rate,
+                batch=self.curriculum_batch,
+            ),
+            Stage(
+                name="joint",
+                share=1.0 - self.policy_share - self.curriculum_share,
+                learning_rate=self.joint_rate,
+            ),
         )
         return stages if self.policy_share else stages[1:]
 
@@ -124,7 +132,7 @@ class BlockDrop(GatedRecipe):
         generator = draw.generator(batch.images.device, "policy")
         match self._stage(progress):
             case "classify":
-                loss = cross_entropy(cast(Policy, gated.gates).classes(batch.images), batch.targets)
+                loss = cross_entropy(cast(ClassPolicy, gated.gates).classes(batch.images), batch.targets)
                 yield Pass("classes", loss)
             case "curriculum":
                 yield self._curriculum(gated, batch, generator, self.decided(progress))

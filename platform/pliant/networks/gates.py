@@ -28,6 +28,11 @@ _HIDDEN = 10  # of SkipNet's recurrent gate, both its input and its state
 class Gates(nn.Module):
     """Gates of all blocks of one network."""
 
+    @property
+    def classifier(self) -> nn.Module | None:
+        """A last layer that answers with classes, where there is one; every other layer named fc answers for blocks."""
+        return None
+
     @abstractmethod
     def begin(self, images: Tensor, scale: float | None) -> Ask:
         """What answers for the blocks of this batch, images (B, 3, H, W); `scale` in [0, 1] is the user's wish."""
@@ -159,32 +164,21 @@ class ConditionalGate(nn.Module):
 class Policy(Gates):
     """A network of its own that looks at the image and decides all blocks at once (BlockDrop section 3.2).
 
-    With `scaled`, the user's scale is one more feature (URNet's external network). With `classes`, it can first be
-    trained as a classifier; the classifier's own layer counts no multiply-accumulates, since nothing asks it later.
+    With `scaled`, the user's scale is one more feature (URNet's external network).
     """
 
-    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False, classes: int = 0) -> None:
+    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False) -> None:
         """`pool`: the image is averaged over so many pixels a side first: 2 gives ImageNet's 112 x 112."""
         super().__init__()
         self.pool, self.scaled = pool, scaled
         self.net = spec.build(1)
-        self.classify = nn.Linear(self.net.features, classes) if classes else None
         self.net.fc = nn.Linear(self.net.features + scaled, blocks)
-
-    def _features(self, images: Tensor) -> Tensor:
-        small = F.avg_pool2d(images, self.pool) if self.pool > 1 else images
-        x = self.net.walk(self.net.stem(small), range(self.net.spec.number_of_blocks), None, None)
-        return self.net.embed(x)
-
-    def classes(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the classifier's logits (B, K)."""
-        assert self.classify is not None
-        answer: Tensor = self.classify(self._features(images))
-        return answer
 
     def logits(self, images: Tensor, scale: float | None = None) -> Tensor:
         """Images (B, 3, H, W) to (B, N)."""
-        features = self._features(images)
+        small = F.avg_pool2d(images, self.pool) if self.pool > 1 else images
+        x = self.net.walk(self.net.stem(small), range(self.net.spec.number_of_blocks), None, None)
+        features = self.net.embed(x)
         if self.scaled:
             wish = features.new_full((len(features), 1), 1.0 if scale is None else scale)
             features = torch.cat([features, wish], 1)
@@ -198,6 +192,37 @@ class Policy(Gates):
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
         once = cost(self.net, side // self.pool).total
         return (once, *(0 for _ in range(self.net.fc.out_features - 1)))
+
+
+class ClassPolicy(Gates):
+    """A policy network that tells the classes, and a layer that says for each class which blocks to run.
+
+    An image's logits are the mean of the classes' own, by their probabilities.
+    """
+
+    def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1) -> None:
+        """`pool`: as for `Policy`."""
+        super().__init__()
+        self.pool = pool
+        self.net = spec.build(classes)
+        self.fc = nn.Linear(classes, blocks)
+
+    @property
+    def classifier(self) -> nn.Module:
+        return self.net.fc
+
+    def classes(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, K)."""
+        answer: Tensor = self.net(F.avg_pool2d(images, self.pool) if self.pool > 1 else images)
+        return answer
+
+    def begin(self, images: Tensor, scale: float | None) -> Ask:
+        logits = self.fc(self.classes(images).softmax(1))
+        return lambda number, x: logits[:, number]
+
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        once = cost(self.net, side // self.pool).total + self.fc.weight.numel()
+        return (once, *(0 for _ in range(self.fc.out_features - 1)))
 
 
 def make_gates(kind: GateKind, backbone: ResidualNet, first: int) -> Gates:
@@ -215,7 +240,7 @@ def open_at_start(gates: Gates, rate: float) -> None:
     """Sets the last biases so that a gate that knows nothing yet is open at this rate, in (0, 1)."""
     logit = math.log(rate / (1 - rate))
     for name, module in gates.named_modules():
-        if name.split(".")[-1] == "fc" and isinstance(module, nn.Linear):
+        if name.split(".")[-1] == "fc" and isinstance(module, nn.Linear) and module is not gates.classifier:
             module.weight.mul_(0.1)
             module.bias.fill_(logit)
             if isinstance(_parent(gates, name), ConvGate):
