@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pliant import cli
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from pliant.networks.resnet import ResNet
-from tests.runs import command, final_state, finish, only_run, same, tiny_cifar
+from tests.runs import Launch, command, final_state, finish, only_run, same, tiny_cifar
 from tests.test_resume import start, wait_for
 from tests.tiny_run import refusal
 
@@ -150,3 +150,13 @@ def test_what_makes_no_sense_for_a_method_is_refused(
 
 def _point(run: Path) -> str:
     return "S0.5" if "urnet" in str(run) else "native"
+
+
+def test_part_frozen_after_it_learned_is_the_same_on_all_ranks(data: Path, tmp_path: Path) -> None:
+    """The policy network's batch norms run on each rank's own images, and then stand still: at one place."""
+    shares = ("--recipe.policy-share", "0.25", "--verify-gradients", str(STEPS))
+    for status, said in Launch(given(data, tmp_path, "blockdrop", *shares)).start().finish():
+        assert status == 0, said
+    entries = [json.loads(line) for line in (only_run(tmp_path) / "log.jsonl").read_text().splitlines()]
+    stages = [line["stage"] for line in entries if line["event"] == "step"]
+    assert list(dict.fromkeys(stages)) == ["classify", "curriculum", "joint"]

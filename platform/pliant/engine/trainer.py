@@ -101,6 +101,8 @@ class Trainer:
         config = self.experiment
         set_learning(self.net, self.schedule.stages[stage])
         first = self.state.step - self.schedule.before(stage)
+        if first == 0:
+            self._level_statistics(self.net)  # what is frozen from here on normalises with them, alike on all ranks
         if config.backend == "zero3":
             self._rehearse(stage, first)
         self.backend = wrap(
@@ -271,9 +273,13 @@ class Trainer:
     def evaluated_net(self) -> nn.Module:
         """Collective. A twin, of the averaged weights if there is an EMA, with the mean of the ranks' statistics."""
         one = twin(self.backend.whole() if self.ema is None else self.ema.module)
-        if self.ranks.count > 1:
-            unflatten_(running_buffers(one), self._mean(self.ranks.rows(flat(running_buffers(one)))))
+        self._level_statistics(one)
         return one
+
+    def _level_statistics(self, net: nn.Module) -> None:
+        """Collective. Gives every rank's running statistics their mean over ranks."""
+        if self.ranks.count > 1:
+            unflatten_(running_buffers(net), self._mean(self.ranks.rows(flat(running_buffers(net)))))
 
     def _mean(self, rows: Tensor) -> Tensor:
         stage, _ = self.schedule.locate(max(0, self.state.step - 1))  # of the last step that was done
