@@ -164,10 +164,10 @@ def test_full_disk_is_one_sentence_and_loses_nothing(data: Path, tmp_path: Path)
         checkpoints = only_run(disk) / "checkpoints"
         kept = sorted(path.name for path in checkpoints.iterdir())
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    assert done.returncode == EXIT_USER_ERROR
-    assert "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr
-    assert "the run goes on" in done.stdout
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a busy machine may still be looking at it
+    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "No space left on device" in done.stderr, done.stderr
+    assert "the run goes on" in done.stdout, done.stdout
     assert kept
     assert all(name.startswith("step-") and "." not in name for name in kept)
