@@ -2,16 +2,16 @@
 
     python benchmarks/studies/blockdrop_by_class.py --root data/cifar10 --pretrained resnet32.safetensors
 
-One row of decisions for each class, learned by BlockDrop's own policy gradient on a frozen ResNet-32. Nothing else
-knows the image; what accuracy it comes to beyond the network's own is the label's, told by the choice of blocks. Last
-line JSON.
+One row of decisions for each class, learned by BlockDrop's own policy gradient on a frozen ResNet-32. All images of a
+class run the same blocks; what accuracy that gives beyond the network's own is the label's, told by the choice of
+blocks. Last line JSON.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import cycle, islice
 from pathlib import Path
 from typing import cast
 
@@ -24,9 +24,9 @@ from pliant.engine.ranks import Ranks
 from pliant.engine.session import make_feed
 from pliant.experiment import Batching, Data, Experiment, Optimization
 from pliant.methods.blockdrop import BlockDrop
-from pliant.methods.depth import load_backbone
 from pliant.methods.reinforce import bounded, log_probability, policy_loss, sample
 from pliant.networks.execution import folded, runner
+from pliant.networks.gated import threshold
 from pliant.networks.resnet import ResidualNet, ResNet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -65,10 +65,10 @@ def learn(net: ResidualNet, feed: Feed, recipe: BlockDrop, settings: Settings) -
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     with feed.evaluation("train", batch=256) as batches:
         kept = list(islice(batches, settings.steps))
-    for batch in islice(chain.from_iterable(repeat(kept)), settings.steps):
+    for batch in islice(cycle(kept), settings.steps):
         probability = bounded(table[batch.labels].sigmoid(), settings.alpha)
         sampled = sample(probability, generator)
-        likeliest = (table[batch.labels] >= 0).float()
+        likeliest = threshold(0, table[batch.labels].detach())
         rewards = [
             recipe.reward(answers(net, batch.images, opened), batch.labels, opened, 0, settings.gamma)
             for opened in (sampled, likeliest)
@@ -82,14 +82,12 @@ def learn(net: ResidualNet, feed: Feed, recipe: BlockDrop, settings: Settings) -
 
 
 @torch.inference_mode()
-def score(net: ResidualNet, feed: Feed, table: Tensor | None) -> dict[str, float]:
-    """Top-1 and blocks on the test images; without a table, of all blocks."""
+def score(net: ResidualNet, feed: Feed, table: Tensor) -> dict[str, float]:
+    """Top-1 and blocks on the test images, by a table of decisions, (K, N)."""
     right = blocks = images = 0.0
     with feed.evaluation("val", batch=256) as batches:
         for batch in batches:
-            opened = torch.ones(len(batch.labels), net.spec.number_of_blocks)
-            if table is not None:
-                opened = (table[batch.labels] >= 0).float()
+            opened = threshold(0, table[batch.labels])
             right += (answers(net, batch.images, opened).argmax(1) == batch.labels).sum().item()
             blocks += opened.sum().item()
             images += len(batch.labels)
@@ -107,9 +105,9 @@ def main(settings: Settings) -> None:
     )
     feed = make_feed(experiment, ALONE)
     backbone = recipe.network.build(feed.dataset.num_classes)
-    load_backbone(backbone, settings.pretrained)
+    recipe.start(backbone)
     net = cast(ResidualNet, folded(backbone.eval().requires_grad_(False)).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-    whole = score(net, feed, None)
+    whole = score(net, feed, torch.ones(net.classes, net.spec.number_of_blocks))
     print(f"all blocks: {100 * whole['top1']:.2f} %", flush=True)
     by_class = score(net, feed, learn(net, feed, recipe, settings))
     print(f"by the true class: {100 * by_class['top1']:.2f} % with {by_class['blocks']:.2f} blocks", flush=True)

@@ -39,6 +39,8 @@ SCALES = ("S0.2", "S0.4", "S0.6", "S0.8", "S1")
 LEARNED = 45_000
 """Training images: the rest is held out."""
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -104,6 +106,7 @@ def fixed(rule: str, keep: int, epochs: float, *options: str) -> Row:
 
 
 OLD = ("--optimization.lr=1e-3", "--recipe.joint-rate=0.3", "--recipe.joint-gamma", "5", "--recipe.grow", "0.6")
+"""BlockDrop's settings beside a gamma of the size of the authors'."""
 
 ROWS = {
     "skipnet": skipnet("--recipe.alpha", "2", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
@@ -201,7 +204,7 @@ def measure(name: str, row: Row, run: Path, settings: Settings, checkpoint: str 
 def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
     """Time of grouped execution over that of all blocks without gates, at each point: batches of 64 test images, in
     turn, batch norm folded on both sides; medians."""
-    trained = open_run(run, Ranks(0, 1, torch.device("cpu")), root=settings.root)
+    trained = open_run(run, ALONE, root=settings.root)
     net = cast(GatedNet, trained.net)
     net.backbone = folded(net.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     group = runner("grouped", cast(GatedRecipe, trained.recipe).closed)
@@ -224,7 +227,7 @@ def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
 @torch.inference_mode()
 def policy_alone(run: Path, checkpoint: str, settings: Settings) -> float | None:
     """Top-1 of a policy network that learned the classes, asked for them: what it takes no residual network to do."""
-    trained = open_run(run, Ranks(0, 1, torch.device("cpu")), which=checkpoint, root=settings.root)
+    trained = open_run(run, ALONE, which=checkpoint, root=settings.root)
     gates = cast(GatedNet, trained.net).gates
     if not isinstance(gates, ClassPolicy):
         return None

@@ -101,7 +101,7 @@ class Trainer:
         config = self.experiment
         set_learning(self.net, self.schedule.stages[stage])
         first = self.state.step - self.schedule.before(stage)
-        if first == 0:
+        if stage > 0 and first == 0:
             self._level_statistics(self.net)  # what is frozen from here on normalises with them, alike on all ranks
         if config.backend == "zero3":
             self._rehearse(stage, first)

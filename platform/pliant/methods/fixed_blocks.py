@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
 from pliant.methods.depth import GatedRecipe
-from pliant.networks.gated import GatedNet
+from pliant.networks.gated import GatedNet, threshold
 from pliant.networks.gates import Gates
 from pliant.networks.resnet import ResidualNet
 from pliant.randomness import Draw
@@ -65,7 +65,7 @@ class FixedBlocks(GatedRecipe):
         return 1
 
     def iteration(self, net: nn.Module, batch: Batch, draw: Draw, progress: Progress) -> Iterator[Pass]:
-        walk = cast(GatedNet, net)(batch.images, lambda number, logits: (logits >= 0).to(logits), self.masked())
+        walk = cast(GatedNet, net)(batch.images, threshold, self.masked())
         yield Pass("kept", cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing))
 
 

@@ -176,8 +176,9 @@ class Policy(Gates):
 
     def logits(self, images: Tensor, scale: float | None = None) -> Tensor:
         """Images (B, 3, H, W) to (B, N)."""
-        small = F.avg_pool2d(images, self.pool) if self.pool > 1 else images
-        x = self.net.walk(self.net.stem(small), range(self.net.spec.number_of_blocks), None, None)
+        x = self.net.walk(
+            self.net.stem(_averaged(images, self.pool)), range(self.net.spec.number_of_blocks), None, None
+        )
         features = self.net.embed(x)
         if self.scaled:
             wish = features.new_full((len(features), 1), 1.0 if scale is None else scale)
@@ -213,7 +214,7 @@ class ClassPolicy(Gates):
 
     def classes(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, K)."""
-        answer: Tensor = self.net(F.avg_pool2d(images, self.pool) if self.pool > 1 else images)
+        answer: Tensor = self.net(_averaged(images, self.pool))
         return answer
 
     def begin(self, images: Tensor, scale: float | None) -> Ask:
@@ -245,6 +246,10 @@ def open_at_start(gates: Gates, rate: float) -> None:
             module.bias.fill_(logit)
             if isinstance(_parent(gates, name), ConvGate):
                 module.bias.copy_(torch.tensor([-logit / 2, logit / 2]))
+
+
+def _averaged(images: Tensor, pool: int) -> Tensor:
+    return F.avg_pool2d(images, pool) if pool > 1 else images
 
 
 def _parent(root: nn.Module, name: str) -> nn.Module:
