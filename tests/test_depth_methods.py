@@ -238,7 +238,7 @@ def test_curriculum_s_gradient_is_eq_6_and_its_network_stays() -> None:
         with torch.no_grad():
             return reference.backbone(images, lambda number, x: gates[:, number], runner("masked", "inside")).argmax(1)
 
-    s = reference.gates.logits(images).sigmoid()[:, 2:]
+    s = reference.gates.logits(images, None).sigmoid()[:, 2:]
     greedy = (s >= 0.5).float()
     labels = answer(greedy)  # the likeliest policy is right, and sampled ones may be wrong
     one = only(recipe.iteration(net, unmixed(images, labels), draw, progress))

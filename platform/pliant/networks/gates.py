@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,6 @@ _HIDDEN = 10  # of SkipNet's recurrent gate, both its input and its state
 class Gates(nn.Module):
     """Gates of all blocks of one network."""
 
-    @property
-    def classifier(self) -> nn.Module | None:
-        """A last layer that answers with classes, where there is one; every other layer named fc answers for blocks."""
-        return None
-
     @abstractmethod
     def begin(self, images: Tensor, scale: float | None) -> Ask:
         """What answers for the blocks of this batch, images (B, 3, H, W); `scale` in [0, 1] is the user's wish."""
@@ -42,11 +37,30 @@ class Gates(nn.Module):
         """Multiply-accumulates of each block's gate, (N,), on images of `side` x `side` pixels; what is computed once
         for all blocks counts with the first."""
 
+    @abstractmethod
+    def lean(self, logit: float) -> None:
+        """Sets the layers that answer so that all answers are about this one until something is learned."""
+
+
+class Gate(nn.Module):
+    """A gate of one block, which looks at the block's input alone: (B, C, H, W) and the scale to logits (B,)."""
+
+    fc: nn.Linear
+    """Its last layer."""
+
+    @abstractmethod
+    def macs(self, side: int) -> int:
+        """Multiply-accumulates on an input of `side` x `side` pixels."""
+
+    def lean(self, logit: float) -> None:
+        """As `Gates.lean`."""
+        _lean(self.fc, logit)
+
 
 class GatePerBlock(Gates):
-    """A gate of its own for each block from `first` on, which looks at the block's input alone."""
+    """A gate of its own for each block from `first` on."""
 
-    def __init__(self, gates: list[nn.Module], first: int) -> None:
+    def __init__(self, gates: Sequence[Gate], first: int) -> None:
         super().__init__()
         self.first = first
         self.gates = nn.ModuleList(gates)
@@ -60,11 +74,15 @@ class GatePerBlock(Gates):
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
         sides = _input_sides(backbone, side)
-        own = [gate.macs(sides[self.first + index]) for index, gate in enumerate(self.gates)]  # type: ignore[operator]
+        own = [cast(Gate, gate).macs(sides[self.first + index]) for index, gate in enumerate(self.gates)]
         return (*(0 for _ in range(self.first)), *own)
 
+    def lean(self, logit: float) -> None:
+        for gate in self.gates:
+            cast(Gate, gate).lean(logit)
 
-class ConvGate(nn.Module):
+
+class ConvGate(Gate):
     """SkipNet's FFGate-I and FFGate-II (Fig. 3a, 3b): 15.6 % and 12.5 % of a basic block's cost."""
 
     def __init__(self, channels: int, *, pooled: bool) -> None:
@@ -79,20 +97,22 @@ class ConvGate(nn.Module):
         self.fc = nn.Linear(channels, 2)
 
     def forward(self, x: Tensor, scale: float | None) -> Tensor:
-        """(B, C, H, W) to (B,): the difference of the two classes' logits, as their softmax has it."""
+        """The difference of the two classes' logits, as their softmax has it."""
         both: Tensor = self.fc(self.layers(x).mean((2, 3)))
         return both[:, 1] - both[:, 0]
 
     def macs(self, side: int) -> int:
-        """For an input of `side` x `side` pixels."""
         channels = self.fc.in_features
         kernel = 9 * channels * channels
         half = -(-side // 2) if not self.pooled else side // 2
         pixels = half**2 if not self.pooled else half**2 + (-(-half // 2)) ** 2
         return kernel * pixels + 2 * channels
 
+    def lean(self, logit: float) -> None:
+        _lean(self.fc, -logit / 2, logit / 2)
 
-class PooledGate(nn.Module):
+
+class PooledGate(Gate):
     """A gate without convolutions: averages, and a linear layer (SkipNet section 3.1)."""
 
     def __init__(self, channels: int) -> None:
@@ -100,12 +120,10 @@ class PooledGate(nn.Module):
         self.fc = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor, scale: float | None) -> Tensor:
-        """(B, C, H, W) to (B,)."""
         answer: Tensor = self.fc(x.mean((2, 3)))
         return answer[:, 0]
 
     def macs(self, side: int) -> int:
-        """The same for any input."""
         return self.fc.in_features
 
 
@@ -136,8 +154,11 @@ class RecurrentGates(Gates):
         own = [layer.in_features * _HIDDEN + shared for layer in self.project]  # type: ignore[operator]
         return (*(0 for _ in range(self.first)), *own)  # type: ignore[arg-type]
 
+    def lean(self, logit: float) -> None:
+        _lean(self.fc, logit)
 
-class ConditionalGate(nn.Module):
+
+class ConditionalGate(Gate):
     """URNet's conditional gating module (Fig. 3): averages and the scale side by side, reduced, to one answer.
 
     The reduction r is that of SENet: 2C values to C / r, ReLU, to 1; 0.04 % of ResNet-110 with r = 2.
@@ -150,35 +171,61 @@ class ConditionalGate(nn.Module):
         self.fc = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, scale: float | None) -> Tensor:
-        """(B, C, H, W) to (B,)."""
         pooled = x.mean((2, 3))
         wish = pooled.new_full(pooled.shape, 1.0 if scale is None else scale)
         answer: Tensor = self.fc(F.relu(self.reduce(torch.cat([pooled, wish], 1))))
         return answer[:, 0]
 
     def macs(self, side: int) -> int:
-        """The same for any input."""
         return self.reduce.weight.numel() + self.fc.weight.numel()
 
 
-class Policy(Gates):
-    """A network of its own that looks at the image and decides all blocks at once (BlockDrop section 3.2).
+class PolicyNetwork(Gates):
+    """A network of its own that looks at the image and decides all blocks at once."""
 
-    With `scaled`, the user's scale is one more feature (URNet's external network).
-    """
+    net: ResidualNet
+    pool: int
+    """The image is averaged over so many pixels a side first: 2 gives ImageNet's 112 x 112."""
+
+    @property
+    @abstractmethod
+    def answers(self) -> nn.Linear:
+        """The layer with one logit per block."""
+
+    @abstractmethod
+    def logits(self, images: Tensor, scale: float | None) -> Tensor:
+        """Images (B, 3, H, W) to (B, N)."""
+
+    def averaged(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) as the network looks at them."""
+        return F.avg_pool2d(images, self.pool) if self.pool > 1 else images
+
+    def begin(self, images: Tensor, scale: float | None) -> Ask:
+        logits = self.logits(images, scale)
+        return lambda number, x: logits[:, number]
+
+    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
+        return (cost(self.net, side // self.pool).total, *(0 for _ in range(self.answers.out_features - 1)))
+
+    def lean(self, logit: float) -> None:
+        _lean(self.answers, logit)
+
+
+class Policy(PolicyNetwork):
+    """BlockDrop's (section 3.2). With `scaled`, the user's scale is one more feature (URNet's external network)."""
 
     def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False) -> None:
-        """`pool`: the image is averaged over so many pixels a side first: 2 gives ImageNet's 112 x 112."""
         super().__init__()
         self.pool, self.scaled = pool, scaled
         self.net = spec.build(1)
         self.net.fc = nn.Linear(self.net.features + scaled, blocks)
 
-    def logits(self, images: Tensor, scale: float | None = None) -> Tensor:
-        """Images (B, 3, H, W) to (B, N)."""
-        x = self.net.walk(
-            self.net.stem(_averaged(images, self.pool)), range(self.net.spec.number_of_blocks), None, None
-        )
+    @property
+    def answers(self) -> nn.Linear:
+        return self.net.fc
+
+    def logits(self, images: Tensor, scale: float | None) -> Tensor:
+        x = self.net.walk(self.net.stem(self.averaged(images)), range(self.net.spec.number_of_blocks), None, None)
         features = self.net.embed(x)
         if self.scaled:
             wish = features.new_full((len(features), 1), 1.0 if scale is None else scale)
@@ -186,44 +233,35 @@ class Policy(Gates):
         answer: Tensor = self.net.fc(features)
         return answer
 
-    def begin(self, images: Tensor, scale: float | None) -> Ask:
-        logits = self.logits(images, scale)
-        return lambda number, x: logits[:, number]
 
-    def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
-        once = cost(self.net, side // self.pool).total
-        return (once, *(0 for _ in range(self.net.fc.out_features - 1)))
-
-
-class ClassPolicy(Gates):
-    """A policy network that tells the classes, and a layer that says for each class which blocks to run.
+class ClassPolicy(PolicyNetwork):
+    """One that tells the classes, and a layer that says for each class which blocks to run.
 
     An image's logits are the mean of the classes' own, by their probabilities.
     """
 
     def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1) -> None:
-        """`pool`: as for `Policy`."""
         super().__init__()
         self.pool = pool
         self.net = spec.build(classes)
         self.fc = nn.Linear(classes, blocks)
 
     @property
-    def classifier(self) -> nn.Module:
-        return self.net.fc
+    def answers(self) -> nn.Linear:
+        return self.fc
 
     def classes(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, K)."""
-        answer: Tensor = self.net(_averaged(images, self.pool))
+        answer: Tensor = self.net(self.averaged(images))
         return answer
 
-    def begin(self, images: Tensor, scale: float | None) -> Ask:
-        logits = self.fc(self.classes(images).softmax(1))
-        return lambda number, x: logits[:, number]
+    def logits(self, images: Tensor, scale: float | None) -> Tensor:
+        answer: Tensor = self.fc(self.classes(images).softmax(1))
+        return answer
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
-        once = cost(self.net, side // self.pool).total + self.fc.weight.numel()
-        return (once, *(0 for _ in range(self.fc.out_features - 1)))
+        first, *others = super().macs(backbone, side)
+        return (first + self.fc.weight.numel(), *others)
 
 
 def make_gates(kind: GateKind, backbone: ResidualNet, first: int) -> Gates:
@@ -236,24 +274,16 @@ def make_gates(kind: GateKind, backbone: ResidualNet, first: int) -> Gates:
     return GatePerBlock([ConvGate(count, pooled=kind == "ff1") for count in channels], first)
 
 
-@torch.no_grad()
 def open_at_start(gates: Gates, rate: float) -> None:
-    """Sets the last biases so that a gate that knows nothing yet is open at this rate, in (0, 1)."""
-    logit = math.log(rate / (1 - rate))
-    for name, module in gates.named_modules():
-        if name.split(".")[-1] == "fc" and isinstance(module, nn.Linear) and module is not gates.classifier:
-            module.weight.mul_(0.1)
-            module.bias.fill_(logit)
-            if isinstance(_parent(gates, name), ConvGate):
-                module.bias.copy_(torch.tensor([-logit / 2, logit / 2]))
+    """Gates that know nothing yet are open at this rate, in (0, 1)."""
+    gates.lean(math.log(rate / (1 - rate)))
 
 
-def _averaged(images: Tensor, pool: int) -> Tensor:
-    return F.avg_pool2d(images, pool) if pool > 1 else images
-
-
-def _parent(root: nn.Module, name: str) -> nn.Module:
-    return root.get_submodule(name.rpartition(".")[0])
+@torch.no_grad()
+def _lean(layer: nn.Linear, *answers: float) -> None:
+    """Its answers are about these until something is learned; one value stands for all."""
+    layer.weight.mul_(0.1)
+    layer.bias.copy_(torch.tensor(answers))
 
 
 def _input_sides(backbone: ResidualNet, side: int) -> list[int]:
