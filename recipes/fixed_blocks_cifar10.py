@@ -2,9 +2,9 @@
 
     accelerate launch recipes/fixed_blocks_cifar10.py --data.root data/cifar10 --recipe.pretrained resnet110.safetensors
 
-The first 17 of 54 blocks by default; --recipe.rule random, distribute or given (with --recipe.blocks) chooses others,
-and --optimization.steps 0 measures them without fine-tuning. The rate and the batch are ours: the paper names none for
-its baselines.
+The weights are those that blockdrop_cifar10.py begins with. The first 17 of 54 blocks by default; --recipe.rule random,
+distribute or given (with --recipe.blocks) chooses others, and --optimization.steps 0 measures them without fine-tuning.
+The rate and the batch are ours: the paper names none for its baselines.
 """
 
 from pliant import cli

@@ -4,7 +4,8 @@
     pliant export runs/resnet_cifar10/TIME --at native --formats safetensors
 
 He et al.'s settings, section 4.2: 64,000 steps of 128 images, a tenth of the rate after 32,000 and 48,000; depth 110
-begins with a smaller one for 400 steps, here a warm-up.
+begins with a smaller one for 400 steps, here a warm-up. The shortcut is theirs too; with SkipNet's it is written
+--recipe.network.shortcut conv, with BlockDrop's pool.
 """
 
 from pliant import cli

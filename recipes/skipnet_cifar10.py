@@ -2,9 +2,10 @@
 
     accelerate launch recipes/skipnet_cifar10.py --data.root data/cifar10 --recipe.pretrained resnet110.safetensors
 
-Supervised pre-training with He et al.'s settings (64,000 steps of 128 images), then 10,000 steps of hybrid
-reinforcement learning at 1e-4. From the authors' code, where the paper is silent: everything decays; returns are
-weighed by 0.01 (there as a sum over 128 images, hence 1.28 here, where it is a mean).
+The weights are those of resnet_cifar10.py with --recipe.network.depth 110 --recipe.network.shortcut conv. Supervised
+pre-training with He et al.'s settings (64,000 steps of 128 images), then 10,000 steps of hybrid reinforcement learning
+at 1e-4. From the authors' code, where the paper is silent: everything decays; returns are weighed by 0.01 (there as a
+sum over 128 images, hence 1.28 here, where it is a mean).
 """
 
 from pliant import cli
@@ -25,7 +26,7 @@ EXPERIMENT = Experiment(
     ),
     data=Data(source="cifar10", held_out=5000),
     batch=Batching(images=128, micro=128),
-    optimization=Optimization(lr=0.1, nesterov=False, schedule="steps", epochs=189, weight_decay=1e-4, decay="all"),
+    optimization=Optimization(lr=0.1, nesterov=False, schedule="steps", epochs=211, weight_decay=1e-4, decay="all"),
 )
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     accelerate launch recipes/urnet_resnet101.py --data.root /imagenet --recipe.pretrained resnet101.safetensors
 
 The gates alone for 5 epochs, then everything for 15; the rate falls from 1e-3 to 1e-5; p 0.1, beta 4, S from 0.2 to 1,
-r 16. The paper names neither optimizer nor batch nor the shape of the fall: Adam, 256 images and a cosine are ours.
+r 16. The paper names neither optimizer nor batch nor the shape of the fall, nor decay or crops: Adam without decay, 256
+images, a cosine and random resized crops are ours.
 """
 
 from pliant import cli
@@ -21,6 +22,7 @@ EXPERIMENT = Experiment(
         smallest=0.2,
         largest=1.0,
         gates_share=0.25,
+        anneal=0.25,
     ),
     data=Data(size=224, scale=(0.08, 1.0), threads=8, held_out=10000),
     batch=Batching(images=256, micro=32),

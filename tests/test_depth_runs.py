@@ -140,6 +140,22 @@ def test_pretrained_weights_are_begun_with_and_others_refused(data: Path, tmp_pa
     assert not (tmp_path / "wrong").exists(), "nothing was begun"
 
 
+def test_exported_weights_with_another_shortcut_are_refused(data: Path, tmp_path: Path) -> None:
+    """Neither kind has weights: names and shapes alone would let them pass."""
+    pool = ["--recipe.network.shortcut", "pool", "--optimization.steps", "0", "--optimization.warmup-epochs", "0"]
+    assert finish(given(data, tmp_path / "plain", "resnet", *pool)).returncode == 0
+    plain = only_run(tmp_path / "plain")
+    cli.main(["export", str(plain), "--at", "native", "--formats", "safetensors"])
+    weights = ["--recipe.pretrained", str(plain / "export" / "native" / "model.safetensors")]
+    done = finish(given(data, tmp_path / "begun", "blockdrop", *weights, "--optimization.steps", "0"))
+    assert done.returncode == 0, done.stderr
+    done = finish(given(data, tmp_path / "other", "urnet", *weights))
+    assert done.returncode == EXIT_USER_ERROR
+    assert "write --recipe.network.shortcut pool, not pad" in done.stderr
+    done = finish(given(data, tmp_path / "other", "skipnet", *weights))
+    assert "write --recipe.network.shortcut pool, not conv" in done.stderr
+
+
 def test_what_makes_no_sense_for_a_method_is_refused(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,11 @@ def test_every_rule_on_resume_names_a_setting():
         assert any(name == rule or name.startswith(rule + ".") for name in names), rule
 
 
+@pytest.mark.parametrize(("source", "side"), [("folder", 96), ("shards", 96), ("cifar10", 32), ("svhn", 32)])
+def test_images_of_files_have_the_size_asked_for(source, side):
+    assert Data(source=source, size=96).side == side
+
+
 def names_of(value: object, prefix: str = "") -> list[str]:
     if not dataclasses.is_dataclass(value):
         return [prefix[:-1]]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,25 +18,34 @@ from torch import Tensor, nn
 from pliant.engine.backends import wrap
 from pliant.engine.backends.single import Single
 from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
+from pliant.engine.optimization import set_learning
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks, join, leave
 from pliant.engine.step import accumulate
 from pliant.errors import UserError
 from pliant.experiment import Optimization
 from pliant.methods.blockdrop import BlockDrop
+from pliant.methods.fixed_blocks import FixedBlocks
 from pliant.methods.skipnet import SkipNet
 from pliant.methods.urnet import URNet
 from pliant.methods.us_net import USNet
 from pliant.networks.mobilenet import MobileNet
 from pliant.networks.resnet import ResNet
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Recipe, Width
+from pliant.recipe import Batch, Progress, Recipe, Width
 from tests.small_recipes import ALL, unmixed
 from tests.test_step import micro_batch, progress_at
 
 MICRO_BATCHES = 4
 R8 = ResNet(depth=8)
-DEPTH = (SkipNet(network=R8), SkipNet(network=R8, learning="hrl"), BlockDrop(network=R8), URNet(network=R8, p=0.5))
+DEPTH = (
+    SkipNet(network=R8),
+    SkipNet(network=R8, learning="rl"),
+    BlockDrop(network=R8),
+    URNet(network=R8, p=0.5),
+    URNet(network=R8, variant="external", p=0.5),
+    FixedBlocks(network=R8, keep=2),
+)
 US_NET = USNet(network=MobileNet(full=0.25, stem_stride=1, divisor=4), nonuniform=True)
 
 
@@ -58,8 +69,20 @@ def double(batch: Batch) -> Batch:
     return unmixed(batch.images.double(), batch.labels)
 
 
-def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> list[Tensor]:
+def stages(recipes: Iterable[Recipe]) -> Iterator[tuple[Recipe, int]]:
+    """Each recipe with each of its stages."""
+    return ((recipe, stage) for recipe in recipes for stage in range(len(recipe.stages())))
+
+
+def within(stage: int, step: int) -> Progress:
+    """A step some way into a stage: BlockDrop decides two of three blocks there."""
+    return dataclasses.replace(progress_at(20 + step), stage=stage)
+
+
+def take_steps(recipe: Recipe, stage: int, net: nn.Module, ranks: Ranks, steps: int = 3) -> list[Tensor]:
     """Gradients of the last of a few steps, each followed by a plain update."""
+    set_learning(net, recipe.stages()[stage])
+    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
     backend = wrap(net, ranks, "auto", Optimization(), Precision("fp32", ranks.device))
     indices = ranks.micro_batches(MICRO_BATCHES)
     gradients: list[Tensor] = []
@@ -71,26 +94,27 @@ def take_steps(recipe: Recipe, net: nn.Module, ranks: Ranks, steps: int = 3) -> 
             backend,
             RunningStatistics(net),
             [double(micro_batch(index)) for index in indices],
-            [Draw(0, 0, step, index) for index in indices],
-            progress_at(step),
+            [Draw(0, stage, step, index) for index in indices],
+            within(stage, step),
             MICRO_BATCHES,
         )
-        gradients = [parameter.grad.clone() for parameter in net.parameters()]
+        gradients = [parameter.grad.clone() for parameter in learning]
         with torch.no_grad():
-            for parameter in net.parameters():
+            for parameter in learning:
                 parameter -= 0.05 * parameter.grad
     return gradients
 
 
 def _equals_one_process(ranks: Ranks) -> None:
-    for recipe in (*ALL, US_NET, *DEPTH):
+    for recipe, stage in stages((*ALL, US_NET, *DEPTH)):
         torch.manual_seed(1)
         net = recipe.build(3).double()
         reference = copy.deepcopy(net)
-        got = take_steps(recipe, net, ranks)
-        want = take_steps(recipe, reference, Ranks(0, 1, ranks.device))
-        for (name, _), a, b in zip(net.named_parameters(), got, want, strict=True):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9, f"{type(recipe).__name__} {name}"
+        got = take_steps(recipe, stage, net, ranks)
+        want = take_steps(recipe, stage, reference, Ranks(0, 1, ranks.device))
+        names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+        for name, a, b in zip(names, got, want, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9, f"{type(recipe).__name__} {stage} {name}"
         rows = ranks.rows(flat(running_buffers(net)))
         torch.testing.assert_close(
             mean_over_ranks(rows, MICRO_BATCHES), flat(running_buffers(reference)), atol=1e-5, rtol=1e-4
@@ -105,13 +129,15 @@ def test_gradients_and_statistics_are_those_of_one_process(ranks: int) -> None:
 
 def _under_zero_equals_one_process(ranks: Ranks) -> None:
     for kind in ("zero0", "zero1", "zero2", "zero3"):
-        for recipe in DEPTH:
+        for recipe, stage in stages(DEPTH):
             torch.manual_seed(1)
             net = recipe.build(3)
+            set_learning(net, recipe.stages()[stage])
             backend = wrap(net, ranks, kind, Optimization(lr=0.01), Precision("fp32", ranks.device))
             indices = ranks.micro_batches(MICRO_BATCHES)
-            for step in range(3):
+            for step in range(2):
                 alone = recipe.build(3)
+                set_learning(alone, recipe.stages()[stage])
                 alone.load_state_dict(backend.whole().state_dict())
                 one = Single(alone, Optimization(), Precision("fp32", ranks.device))
                 for which, on, mine in ((net, backend, indices), (alone, one, range(MICRO_BATCHES))):
@@ -121,15 +147,15 @@ def _under_zero_equals_one_process(ranks: Ranks) -> None:
                         on,
                         RunningStatistics(which),
                         [micro_batch(index) for index in mine],
-                        [Draw(0, 0, step, index) for index in mine],
-                        progress_at(step),
+                        [Draw(0, stage, step, index) for index in mine],
+                        within(stage, step),
                         MICRO_BATCHES,
                     )
                 got = backend.gradients()
                 for name, want in one.gradients().items():
                     apart = (got.get(name, torch.zeros_like(want)) - want).abs().max()
                     assert apart <= 2e-5 * want.abs().max() + 1e-7, (
-                        f"{kind} {type(recipe).__name__} {step} {name}: {apart}"
+                        f"{kind} {type(recipe).__name__} {stage} {step} {name}: {apart}"
                     )
                 backend.update(0.01)
             backend.close()

@@ -118,6 +118,8 @@ def test_weights_of_another_depth_are_refused(shared_data: Path) -> None:
         load_backbone(ResNet(depth=20).build(10), path)
     with pytest.raises(UserError, match=r"fc.bias is \(10,\) there and \(7,\) in a ResNet-32 with 7 classes"):
         load_backbone(ResNet(depth=32).build(7), path)
+    with pytest.raises(UserError, match=r"Write the --recipe.network.shortcut it was trained with"):
+        load_backbone(ResNet(depth=32, shortcut="conv").build(10), path)
     with pytest.raises(UserError, match="No weights can be read"):
         load_backbone(ResNet(depth=32).build(10), path.with_name("missing"))
 
@@ -171,7 +173,7 @@ def test_grouped_and_single_answer_as_masked(spec: ResNet, closed: str, layout: 
 
 
 def test_closed_blocks_leave_the_shortcut() -> None:
-    """SkipNet leaves it as it is, URNet and BlockDrop pass it through the block's ReLU (methods notes 2.1, 4.1)."""
+    """SkipNet and BlockDrop leave it as it is, URNet passes it through the block's ReLU."""
     net = lively(ResNet(depth=8, shortcut="conv"))
     block = list(net.blocks())[1]
     x = torch.randn(2, 16, 8, 8)

@@ -31,7 +31,7 @@ from pliant.engine.trained import open_run
 from pliant.methods.depth import GatedRecipe
 from pliant.networks.execution import folded, runner
 from pliant.networks.gated import GatedNet, threshold
-from pliant.networks.gates import ClassPolicy
+from pliant.networks.gates import ClassPolicy, PolicyNetwork
 from pliant.recipe import Scale, parse_point
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -203,10 +203,13 @@ def measure(name: str, row: Row, run: Path, settings: Settings, checkpoint: str 
 @torch.inference_mode()
 def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
     """Time of grouped execution over that of all blocks without gates, at each point: batches of 64 test images, in
-    turn, batch norm folded on both sides; medians."""
+    turn, on one thread, batch norm folded into the convolutions on both sides, a policy network's too; medians."""
+    torch.set_num_threads(1)
     trained = open_run(run, ALONE, root=settings.root)
     net = cast(GatedNet, trained.net)
     net.backbone = folded(net.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(net.gates, PolicyNetwork):
+        net.gates.net = folded(net.gates.net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     group = runner("grouped", cast(GatedRecipe, trained.recipe).closed)
     with trained.feed.evaluation("val", batch=64) as batches:
         images = [batch.images for batch in islice(batches, 16)]

@@ -107,13 +107,23 @@ class Data(Augmentation):
         """Whether training images are mirrored."""
         return self.flip and self.source != "svhn"
 
+    @property
+    def of_files(self) -> bool:
+        """Whether images are decoded from files; a small dataset's stay in memory, 32 x 32."""
+        return self.source in ("folder", "shards")
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images that a network is fed, in pixels."""
+        return self.size if self.of_files else 32
+
     def refuse_idle(self) -> None:
         """Refuses what would have nothing to say. Asked of new runs alone: older ones may hold such settings.
 
         Raises:
             UserError: a setting of images in files is set, and the source's stay in memory as they are.
         """
-        if self.source in ("folder", "shards"):
+        if self.of_files:
             return
         idle = next((name for name in _OF_FILES if self._is_set(name)), None)
         if idle is not None:

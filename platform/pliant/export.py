@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
@@ -38,13 +39,15 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         name = type(trained.recipe).__name__
         raise UserError(f"{name} has no ordinary network to export: which of its blocks run is decided anew each time.")
     plain = ordinary.cpu()
-    size = trained.experiment.data.size if trained.experiment.data.source == "folder" else 32
+    size = trained.experiment.data.side
     images = torch.zeros(2, 3, size, size)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if "safetensors" in formats:
         path = folder / "model.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in plain.state_dict().items()}, path)
+        recipe = json.dumps(dataclasses.asdict(trained.recipe), default=str)
+        weights = {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}
+        save_file(weights, path, {"format": "pt", "recipe": recipe})
         written.append(path)
     program = None
     if "torch" in formats or "onnx" in formats:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
-from pliant.methods.depth import GatedRecipe, gated_net
+from pliant.methods.depth import GatingRecipe
 from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
 from pliant.networks.gated import GatedNet, full
 from pliant.networks.gates import Ask, ClassPolicy, GatePerBlock, Gates, Policy, PooledGate
@@ -25,7 +25,7 @@ from pliant.recipe import Batch, Pass, Progress, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockDrop(GatedRecipe):
+class BlockDrop(GatingRecipe):
     """Algorithm 1: curriculum, then joint fine-tuning; before them, if asked, the policy network learns the classes."""
 
     decide: Literal["once", "block by block"] = "once"
@@ -57,8 +57,6 @@ class BlockDrop(GatedRecipe):
     """Factor on the learning rate in joint fine-tuning: 0.1 on ImageNet."""
     curriculum_batch: int = 1
     """Images of a step in the curriculum, as a multiple of the run's: 2,048 and then 256 on CIFAR in the paper."""
-    open_rate: float | None = None
-    """Share of blocks open at the start, in (0, 1); default: undecided."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,12 +78,17 @@ class BlockDrop(GatedRecipe):
             raise UserError(
                 "Deciding block by block there is no policy network to train first: leave --recipe.policy-share out."
             )
+        if self.curriculum_batch < 1:
+            raise UserError(
+                f"A step cannot have {self.curriculum_batch} times its images: write --recipe.curriculum-batch 1 or "
+                "more."
+            )
         if not 0.0 < self.grow <= 1.0:
             raise UserError(f"A share of the stage lies in (0, 1]: write --recipe.grow so, not {self.grow:g}.")
 
     def build(self, classes: int) -> nn.Module:
         backbone = self.network.build(classes)
-        return gated_net(backbone, self._gates(backbone), self.open_rate)
+        return self.gated(backbone, self._gates(backbone))
 
     def _gates(self, backbone: ResidualNet) -> Gates:
         if self.decide == "block by block":

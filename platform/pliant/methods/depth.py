@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -63,28 +63,31 @@ def load_backbone(backbone: ResidualNet, path: Path) -> None:
         UserError: the file cannot be read, or they are of another network; the sentence names the first difference.
     """
     try:
-        found = {name.replace("linear.", "fc."): tensor for name, tensor in load_file(path).items()}
+        with safe_open(path, "pt") as file:
+            found = {name.replace("linear.", "fc."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no dictionary
+            exported = json.loads((file.metadata() or {}).get("recipe", "{}"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"No weights can be read from {path} ({error}): write another --recipe.pretrained.") from None
+    # Two kinds of shortcut have no weights: names and shapes would not tell them apart.
+    shortcut = exported.get("network", {}).get("shortcut", backbone.spec.shortcut)
+    if shortcut != backbone.spec.shortcut:
+        raise UserError(
+            f"{path} was trained with another shortcut: write --recipe.network.shortcut {shortcut}, not "
+            f"{backbone.spec.shortcut}."
+        )
     there = backbone.state_dict()
     wanted = {name for name in there if not name.endswith("num_batches_tracked")}
     for name in sorted(wanted | {name for name in found if name in there or not name.endswith("num_batches_tracked")}):
         mine = tuple(there[name].shape) if name in there else "missing"
         theirs = tuple(found[name].shape) if name in found else "missing"
         if mine != theirs:
+            setting = "shortcut" if ".downsample." in name else "depth"
             raise UserError(
                 f"{path} holds the weights of another network: {name} is {theirs} there and {mine} in a ResNet-"
-                f"{backbone.spec.depth} with {backbone.classes} classes. Write the --recipe.network.depth it was "
+                f"{backbone.spec.depth} with {backbone.classes} classes. Write the --recipe.network.{setting} it was "
                 "trained with."
             )
     backbone.load_state_dict(found, strict=False)
-
-
-def gated_net(backbone: ResidualNet, gates: Gates, open_rate: float | None, first: int = 0) -> GatedNet:
-    """The two together, the gates open at this rate at the start; None leaves them as they were drawn."""
-    if open_rate is not None:
-        open_at_start(gates, open_rate)
-    return GatedNet(backbone, gates, first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +127,8 @@ class GatedRecipe(ResidualRecipe):
 
     @property
     def closed(self) -> Closed:
-        """What is left of a closed block."""
-        return "inside"
+        """What is left of a closed block: SkipNet's Eq. 1, and BlockDrop's code."""
+        return "around"
 
     def masked(self) -> Run:
         """How training carries decisions out."""
@@ -152,3 +155,22 @@ class GatedRecipe(ResidualRecipe):
             "blocks_sd": blocks.std(unbiased=False).item(),
             "policies": float(len(torch.unique(opened.round(), dim=0))),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingRecipe(GatedRecipe):
+    """A method that learns which blocks run."""
+
+    open_rate: float | None = None
+    """Share of blocks open at the start, in (0, 1); default: undecided, as the layers' own initialisation has it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.open_rate is not None and not 0.0 < self.open_rate < 1.0:
+            raise UserError(f"An open rate lies in (0, 1): write --recipe.open-rate so, not {self.open_rate:g}.")
+
+    def gated(self, backbone: ResidualNet, gates: Gates, first: int = 0) -> GatedNet:
+        """The two together, the gates of the blocks from `first` on open at that rate."""
+        if self.open_rate is not None:
+            open_at_start(gates, self.open_rate)
+        return GatedNet(backbone, gates, first)

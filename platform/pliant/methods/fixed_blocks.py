@@ -26,7 +26,7 @@ class FixedBlocks(GatedRecipe):
     """Baselines of Table 1: K blocks that no image has a say in; a run of no steps evaluates without fine-tuning."""
 
     rule: Rule = "first"
-    """first: the first K. random: K drawn once, from the run's seed. distribute: evenly over the groups, each group's
+    """first: the first K. random: K drawn once, by `draw`. distribute: evenly over the groups, each group's
     first. given: those that `blocks` lists."""
     keep: int = 10
     """K."""
@@ -40,6 +40,11 @@ class FixedBlocks(GatedRecipe):
         number = self.network.number_of_blocks
         if self.rule != "given" and not 0 <= self.keep <= number:
             raise UserError(f"Of {number} blocks {self.keep} cannot be kept: write --recipe.keep from 0 to {number}.")
+        if bool(self.blocks) != (self.rule == "given"):
+            raise UserError(
+                "Blocks by their numbers are the rule given, and it needs them: write --recipe.rule given "
+                "--recipe.blocks 0 1 2."
+            )
         if any(not 0 <= block < number for block in self.blocks):
             raise UserError(
                 f"This policy is for another number of blocks: write --recipe.blocks from 0 to {number - 1}."
@@ -91,3 +96,6 @@ class Always(Gates):
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
         return (0,) * len(self.answer)
+
+    def lean(self, logit: float) -> None:
+        """They stay as they were given."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
-from pliant.methods.depth import GatedRecipe, gated_net
+from pliant.methods.depth import GatingRecipe
 from pliant.methods.reinforce import log_probability, policy_loss, returns_to_go, sample
-from pliant.networks.execution import Closed
+from pliant.networks.execution import runner
 from pliant.networks.gated import GatedNet, Walk
 from pliant.networks.gates import GateKind, make_gates
 from pliant.networks.resnet import cost
@@ -28,14 +28,12 @@ Learning = Literal["sp+hrl", "sp", "hrl", "rl", "soft", "sdv"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipNet(GatedRecipe):
+class SkipNet(GatingRecipe):
     """Algorithm 1: supervised pre-training (SP), then hybrid reinforcement learning (HRL)."""
 
     gate: Literal["auto", "ff1", "ff2", "rnn", "pooled"] = "rnn"
     """Fig. 3: convolutions (ff1, and the cheaper ff2), or one recurrent gate, which the paper found best; pooled has no
     convolutions. auto: ff2 above depth 100, else ff1, as the paper chooses between these two."""
-    open_rate: float | None = None
-    """Share of blocks open at the start, in (0, 1); default: the layers' own initialisation, as the authors."""
     learning: Learning = "sp+hrl"
     """sp+hrl: the method. sp: the first half alone. hrl: from a random start (section 4.3). rl: the answer too is a
     sampled action, and there is no supervision. soft: gates stay continuous in training (Table 3). sdv: blocks are
@@ -48,10 +46,10 @@ class SkipNet(GatedRecipe):
     """Its shape there: the paper names none; a short run at a higher rate wants to end low."""
     alpha: float = 1.0
     """Weight of what is skipped (Eq. 5)."""
-    beta: float = 1.0
-    """Weight of the image's loss in the return: 1; alpha / N on ImageNet (section 3.2)."""
+    beta: float | None = 1.0
+    """Weight of the image's loss in the return of HRL; None: alpha / N, as on ImageNet (section 3.2)."""
     rl_weight: float = 0.01
-    """Factor on all returns; 1 in Eq. 6, 0.01 in the authors' code."""
+    """Factor on all returns in HRL; 1 in Eq. 6, 0.01 in the authors' code."""
     costs: Literal["equal", "macs"] = "equal"
     """C_i: 1 for each block, or in proportion to its multiply-accumulates, with mean 1."""
     temperature: float = 1.0
@@ -64,21 +62,19 @@ class SkipNet(GatedRecipe):
         super().__post_init__()
         if not 0.0 < self.sp_share < 1.0:
             raise UserError(f"A stage that trains nothing: write --recipe.sp-share in (0, 1), not {self.sp_share:g}.")
-        if self.open_rate is not None and not 0.0 < self.open_rate < 1.0:
-            raise UserError(f"An open rate lies in (0, 1): write --recipe.open-rate so, not {self.open_rate:g}.")
         if not 0.0 < self.sdv_rate <= 1.0:
             raise UserError(f"A share of blocks lies in (0, 1]: write --recipe.sdv-rate so, not {self.sdv_rate:g}.")
+        if self.learning == "rl" and self.label_smoothing:
+            raise UserError(
+                "Reinforcement learning alone has no loss of the labels to smooth: leave --recipe.label-smoothing out."
+            )
         if self.temperature <= 0.0:
             raise UserError(f"A temperature lies above 0, not {self.temperature:g}: write --recipe.temperature 1.")
-
-    @property
-    def closed(self) -> Closed:
-        return "around"
 
     def build(self, classes: int) -> nn.Module:
         backbone = self.network.build(classes)
         kind: GateKind = ("ff2" if self.network.depth > 100 else "ff1") if self.gate == "auto" else self.gate
-        return gated_net(backbone, make_gates(kind, backbone, first=1), self.open_rate, first=1)
+        return self.gated(backbone, make_gates(kind, backbone, first=1), first=1)
 
     def stages(self) -> tuple[Stage, ...]:
         if self.learning == "sp+hrl":
@@ -116,10 +112,12 @@ class SkipNet(GatedRecipe):
         actions = walk.open[:, net.first :].detach()
         likely = log_probability(probability, actions)
         skipped = (1 - actions) * self._costs(net, batch.images.shape[-1], actions)
-        rewards = self.alpha / actions.shape[1] * skipped
-        per_image = cross_entropy(walk.logits, batch.targets, reduction="none")
+        each = self.alpha / actions.shape[1]
+        rewards = each * skipped
+        per_image = cross_entropy(walk.logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
         if name == "hrl":
-            returns = returns_to_go(rewards, -self.beta * per_image.detach())
+            beta = each if self.beta is None else self.beta
+            returns = returns_to_go(rewards, -beta * per_image.detach())
             loss = per_image.mean() + self.rl_weight * policy_loss(likely, returns)
         else:
             answer = torch.multinomial(walk.logits.detach().softmax(1), 1, generator=generator)[:, 0]
@@ -145,8 +143,8 @@ class SkipNet(GatedRecipe):
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         if self.learning != "sdv":
             return super().predict(net, images, point)
-        gated = cast(GatedNet, net)
-        return self.outcome(gated, images, gated(images, self._dropped(content_generator(images)), self.masked()))
+        gated, act = cast(GatedNet, net), self._dropped(content_generator(images))
+        return self.outcome(gated, images, gated(images, act, runner(self.execution, self.closed)))
 
 
 def straight_through(number: int, logits: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
-from pliant.methods.depth import GatedRecipe, gated_net
+from pliant.methods.depth import GatingRecipe
 from pliant.methods.reinforce import sample
 from pliant.methods.skipnet import content_generator
-from pliant.networks.execution import runner
+from pliant.networks.execution import Closed, runner
 from pliant.networks.gated import GatedNet, Walk
 from pliant.networks.gates import ConditionalGate, GatePerBlock, Gates, Policy
 from pliant.networks.resnet import ResidualNet, ResNet
@@ -30,7 +30,7 @@ Variant = Literal["urnet", "external", "random_test", "random", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class URNet(GatedRecipe):
+class URNet(GatingRecipe):
     """Gating modules first, then everything; S drawn anew in each iteration (section Training CGM)."""
 
     variant: Variant = "urnet"
@@ -55,12 +55,10 @@ class URNet(GatedRecipe):
     """Factor on the learning rate afterwards."""
     per_image: bool = True
     """Eq. 4 for each image, then averaged; else of the batch's mean."""
-    open_rate: float | None = None
-    """Share of blocks open at the start, in (0, 1); default: undecided, as the paper's p = 0 shows."""
     fixed: float | None = None
-    """Train for this one scale: the target falls from 1 along a cosine in `anneal` of the run, with Gaussian noise."""
+    """Train for this one scale: the target falls from 1 along a cosine as the run begins, with Gaussian noise."""
     anneal: float = 0.01
-    """Share of the joint stage in which it falls: 5 of 400 epochs."""
+    """Share of the run in which it falls: 5 epochs in the paper, of 500 on CIFAR and 20 on ImageNet."""
     noise: float = 0.1
     """Standard deviation of the scale around the target, in `fixed`."""
 
@@ -74,6 +72,22 @@ class URNet(GatedRecipe):
                 f"Scales lie in [0, 1], the smaller first: got {self.smallest:g} and {self.largest:g} as "
                 "--recipe.smallest and --recipe.largest."
             )
+        if not 0.0 < self.anneal <= 1.0:
+            raise UserError(f"A share of the run lies in (0, 1]: write --recipe.anneal so, not {self.anneal:g}.")
+        if self.noise < 0.0:
+            raise UserError(f"Noise cannot have the deviation {self.noise:g}: write --recipe.noise 0 or more.")
+        if self.reduction < 1:
+            raise UserError(f"A gate cannot be reduced by {self.reduction}: write --recipe.reduction 1 or more.")
+        if self.gates_p == 0.0 and len(self.stages()) > 1:
+            raise UserError(
+                "With --recipe.gates-p 0 all gates are steps while only gates learn: that stage trains nothing. Write "
+                "one above 0, or --recipe.p 0 for training without it."
+            )
+        if self.variant == "attention" and self.execution != "masked":
+            raise UserError(
+                "Attention multiplies each block that runs by its sigmoid, which only masked execution does: leave "
+                "--execution out."
+            )
         if self.fixed is not None and not 0.0 < self.fixed <= 1.0:
             raise UserError(f"A scale lies in (0, 1]: write --recipe.fixed so, not {self.fixed:g}.")
         if not 0.0 < self.gates_share < 1.0:
@@ -83,9 +97,13 @@ class URNet(GatedRecipe):
         if self.p == 0.0 and self.variant in ("urnet", "external") and self.open_rate is not None:
             raise UserError("With --recipe.p 0 no gate learns, and --recipe.open-rate would decide all: leave it out.")
 
+    @property
+    def closed(self) -> Closed:
+        return "inside"
+
     def build(self, classes: int) -> nn.Module:
         backbone = self.network.build(classes)
-        return gated_net(backbone, self._gates(backbone), self.open_rate)
+        return self.gated(backbone, self._gates(backbone))
 
     def _gates(self, backbone: ResidualNet) -> Gates:
         if self.variant == "external":
@@ -121,7 +139,7 @@ class URNet(GatedRecipe):
         """S of an iteration, the same for all its images on all ranks."""
         if self.fixed is None:
             return draw.uniform(self.smallest, self.largest, 1, "scale")[0]
-        share = min(1.0, progress.stage_share / self.anneal)
+        share = min(1.0, progress.run_share / self.anneal)
         target = self.fixed + (1.0 - self.fixed) * 0.5 * (1.0 + math.cos(math.pi * share))
         noise = float(draw.shared("scale").normal(0.0, self.noise))
         return min(1.0, max(0.0, target + noise))
@@ -173,6 +191,6 @@ class URNet(GatedRecipe):
         if self.variant in ("urnet", "external"):
             return super().predict(net, images, point)
         act = self._dropped(scale, content_generator(images), attended=self.variant == "attention")
-        walk: Walk = gated(images, act, runner("masked", self.closed), scale)
+        walk: Walk = gated(images, act, runner(self.execution, self.closed), scale)
         opened = (walk.open > 0).float()
         return Outcome(walk.logits, gated.macs(opened, images.shape[-1]), {"open": opened})

@@ -1,8 +1,9 @@
 """Ways to carry out which images run a block: the same logits, unlike times.
 
 `gate` is (B,), how far the block is open for each image. Where it is closed nothing is added. What is left then is the
-shortcut: through the block's ReLU (`inside`, as URNet's Y = X + gate F before its ReLU, and BlockDrop's), or as it is
-(`around`, SkipNet's Eq. 1). The two differ only where a shortcut has negative values, at a projection.
+shortcut: through the block's ReLU (`inside`, as URNet's Y = X + gate F before its ReLU), or as it is (`around`,
+SkipNet's Eq. 1, and the code of BlockDrop's authors). The two differ only where a shortcut has negative values, at a
+projection.
 """
 
 from __future__ import annotations

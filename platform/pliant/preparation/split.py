@@ -28,7 +28,7 @@ def lists(data: Data, seed: int) -> tuple[list[str], list[str]]:
         UserError: what a run with these settings refuses: there is no such dataset, nothing would be left to train on,
             or too many images are broken.
     """
-    if data.source in ("folder", "shards"):
+    if data.of_files:
         dataset = open_dataset(data, seed)
         return _paths(dataset.held_out, data.root), _paths(dataset.train, data.root)
     labels = open_dataset(replace(data, held_out=0), seed).train.labels
