@@ -45,7 +45,8 @@ check: $(installed) ## Lint, check the format, the types and who imports whom
 	@echo "== lint-imports: who may import whom"
 	@$(bin)/lint-imports --no-logo
 
-bench: $(installed) ## Run every benchmark in turn; each compares two sides and prints a ratio
+bench: $(installed) ## Generate the sample images, run every benchmark in turn; each compares two sides and prints a ratio
+	$(bin)/python data/generate_sample.py sample
 	@for script in $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$script"; $(bin)/python "$$script" $(ARGS) || exit; done
 

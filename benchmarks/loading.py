@@ -54,8 +54,8 @@ Side = Callable[[], Iterator[Tensor]]
 class Settings:
     """What is measured."""
 
-    root: Path
-    """Photographs in class folders."""
+    root: Path = Path("sample")
+    """Photographs in class folders; default: the generated sample, whose small images say little of photographs."""
     samples: int = 6000
     """Images of a turn; the photographs come again and again."""
     batch: int = 64

@@ -14,7 +14,6 @@ import torch
 
 from pliant.engine import checkpoint
 from pliant.engine.checkpoint import Checkpoint
-from pliant.engine.trained import load_weights
 from pliant.errors import UserError
 from pliant.methods.i_net import INet
 from pliant.methods.s_net import SNet
@@ -80,7 +79,7 @@ def test_damaged_file_is_named_and_the_checkpoint_before_it_used(harm, name, tmp
         file.mkdir()
     elif harm != "deleted":
         file.write_bytes(kept.get(harm, content + b"x"))
-    with pytest.warns(UserWarning, match=f"{file} .*; the checkpoint before it is used") as warned:
+    with pytest.warns(UserWarning, match=f"{file} .*; it is stepped over") as warned:
         found = checkpoint.newest(tmp_path)
     assert len(warned) == 1
     assert found == Checkpoint(before, 2, None)
@@ -232,7 +231,7 @@ def test_checkpoint_of_another_network_is_refused_by_the_first_difference(kept, 
     net = INet(network=TINY).build(10)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with pytest.raises(UserError) as caught:
-        load_weights(net, kept.build(classes).state_dict(), Path("runs/a/step-00000001"))
+        checkpoint.load_weights(net, kept.build(classes).state_dict(), Path("runs/a/step-00000001"))
     assert str(caught.value).startswith(f"runs/a/step-00000001 holds another network: {said}")
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
@@ -240,5 +239,5 @@ def test_checkpoint_of_another_network_is_refused_by_the_first_difference(kept, 
 def test_checkpoint_of_the_same_network_is_loaded():
     torch.manual_seed(0)
     one, other = INet(network=TINY).build(10), INet(network=TINY).build(10)
-    load_weights(one, other.state_dict(), Path("here"))
+    checkpoint.load_weights(one, other.state_dict(), Path("here"))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))

@@ -84,6 +84,8 @@ def test_file_without_an_experiment_is_refused(text, tmp_path, capsys):
         (["--seed", "-1"], "A seed lies in"),
         (["--recipe.low", "0.9", "--recipe.high", "0.5"], "0 < low <= high <= 1: got 0.9 and 0.5"),
         (["--recipe.rule", "random"], "write --recipe.no-distill"),
+        (["--backend", "ddp"], "needs several ranks, and one takes part"),
+        (["--deepspeed-config", "ds.json"], "--backend auto has no use for --deepspeed-config"),
         (
             ["--recipe.network.divisor", "16"],
             "--recipe.network: A width divisor of 16 leaves no channel in a layer of 8",

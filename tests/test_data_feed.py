@@ -110,7 +110,10 @@ def test_evaluation_needs_images(feed):
 
 
 @pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize(("images", "batch", "sizes"), [(10, 3, [3, 3, 3]), (0, 20, None), (10**6, 20, None)])
+@pytest.mark.parametrize(
+    ("images", "batch", "sizes"),
+    [(10, 3, [3, 3, 3]), (11, 3, [3, 3, 3, 2]), (5, 20, [5]), (0, 20, None), (10**6, 20, None)],
+)
 def test_calibration_is_the_same_on_any_number_of_ranks(feed, augment, images, batch, sizes):
     there = len(feed.dataset.train)
     sizes = sizes or [20] * (there // 20) + [there % 20]
@@ -135,11 +138,6 @@ def test_calibration_crops_as_it_is_told():
             served[augment] = next(batches)[1]
     assert torch.equal(served[False].positions, served[True].positions)
     assert not torch.equal(served[False].images, served[True].images)
-
-
-def test_calibration_on_less_than_a_batch_is_refused():
-    with pytest.raises(UserError, match=r"--calibration\.batch 5 or less"):
-        resident_feed().calibration_batches(5, 6)
 
 
 def test_replay_gives_the_first_micro_batch_for_ever():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from pliant.engine.backends.zero import options_for
-from pliant.engine.launch import honoured
+from pliant.engine.launch import again, honoured
 from pliant.errors import UserError
 from pliant.experiment import Experiment
 from tests.small_recipes import Plain
@@ -50,6 +52,59 @@ def test_stage_of_accelerate_without_a_file() -> None:
     assert honoured(PLAIN, env).backend == "zero3"
     with pytest.raises(UserError, match="There is no ZeRO 7"):
         honoured(PLAIN, env | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "7"})
+
+
+RUN = Path("runs/plain/TIME")
+TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "expected"),
+    [
+        (["recipes/a.py", "--seed", "1"], {}, f"python recipes/a.py --seed 1 --resume {RUN}"),
+        (["recipes/a.py", "--resume", "auto", "--seed=1"], {}, f"python recipes/a.py --seed=1 --resume {RUN}"),
+        (["recipes/a.py", "--resume=auto"], TWO, f"torchrun --nproc_per_node 2 recipes/a.py --resume {RUN}"),
+        (["/bin/pliant", "train", "a.py"], {}, f"pliant train a.py --resume {RUN}"),
+        (
+            ["a.py"],
+            TWO | {"ACCELERATE_MIXED_PRECISION": "no"},
+            f"accelerate launch --multi_gpu --num_processes 2 a.py --resume {RUN}",
+        ),
+        (
+            ["a.py"],
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            f"accelerate launch --mixed_precision bf16 a.py --resume {RUN}",
+        ),
+        (
+            ["a.py"],
+            {
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+            },
+            f"accelerate launch --use_deepspeed --zero_stage 3 a.py --resume {RUN}",
+        ),
+        (["a.py"], TWO | {"WORLD_SIZE": "16"}, f"the launch that it came from, and --resume {RUN}"),
+        (["a.py"], {"WORLD_SIZE": "2", "SLURM_PROCID": "0"}, f"the launch that it came from, and --resume {RUN}"),
+    ],
+)
+def test_command_that_goes_on_is_launched_as_the_run_was(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], env: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert again(arguments, RUN, env) == expected
+
+
+def test_programs_are_called_by_their_path_where_the_shell_would_find_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`make train` runs .venv/bin/python in a shell that knows nothing of it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    place = Path(sys.executable).parent
+    assert again(["a.py"], RUN, {}) == f"{place / 'python'} a.py --resume {RUN}"
+    monkeypatch.chdir(place.parent)
+    assert again(["a.py"], RUN, {}) == f"{place.name}/python a.py --resume {RUN}"
+    assert again(["/x/pliant", "spectrum", "RUN"], None, {}) == f"{place.name}/pliant spectrum RUN"
 
 
 def test_clipping_is_always_written_out(tmp_path: Path) -> None:

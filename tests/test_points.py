@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,7 +124,10 @@ def test_spectrum_of_a_us_net_begins_and_ends_at_its_bounds(low, high, step):
         return
     recipe = USNet(low=low / 100, high=high / 100, grid=step / 100)
     points = recipe.points()
-    assert points[0] == Width(low / 100 if high - low > step / 2 else high / 100)
+    assert points[0] == Width(low / 100)
     assert points[-1] == Width(high / 100)
+    apart = [other.ratio - one.ratio for one, other in itertools.pairwise(points)]
+    assert apart[:-1] == pytest.approx([step / 100] * (len(points) - 2), abs=2e-6) if apart else low == high
+    assert all(gap <= step / 100 + 2e-6 for gap in apart)
     assert list(points) == sorted(set(points))
     assert all(recipe.admits(point) is None for point in points)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -75,10 +78,10 @@ def test_signal_stops_after_the_step_with_a_checkpoint(
     process.send_signal(number)
     said, complaints = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED, complaints
-    assert "Go on with: python" in said
-    assert "--resume auto" in said
     assert "Traceback" not in complaints
-    done = finish([*given, "--resume", "auto"])
+    (again,) = re.findall("^Go on with: (.*)$", said, re.MULTILINE)
+    assert again.endswith(f"--resume {only_run(tmp_path)}")
+    done = finish(shlex.split(again))
     assert done.returncode == 0, done.stderr
     assert equal(only_run(tmp_path), undisturbed)
     assert losses(only_run(tmp_path)) == losses(undisturbed)
@@ -114,6 +117,36 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(data: Path, undi
     assert done.returncode == 0, done.stderr
     assert str(newest / "state.pt") in done.stdout
     assert equal(run, undisturbed)
+
+
+def test_run_without_a_whole_checkpoint_is_not_begun_anew_in_its_folder(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / undisturbed.parent.name / undisturbed.name)
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.pt").write_bytes(b"torn")
+    before = (run / "log.jsonl").read_bytes()
+    for where in ("auto", str(run)):
+        done = finish(command(*arguments(data, tmp_path, **SETTINGS), "--resume", where))
+        assert done.returncode == EXIT_USER_ERROR
+        assert f"{run} holds no whole checkpoint to go on with" in done.stderr
+        assert "state.pt is damaged" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (run / "log.jsonl").read_bytes() == before
+
+
+def test_checkpoint_of_another_network_is_refused(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The settings are the same, but the code that builds the network is not."""
+    run = shutil.copytree(undisturbed, tmp_path / undisturbed.parent.name / undisturbed.name)
+    recipe = command()[1]
+    change = "build = USNet.build\nUSNet.build = lambda self, classes: build(self, classes + 1)\n"
+    text = Path(recipe).read_text().replace("if __name__", f"{change}\nif __name__")
+    other = tmp_path / "usnet_cifar10.py"
+    other.write_text(text)
+    done = finish([sys.executable, str(other), *arguments(data, tmp_path, **SETTINGS), "--resume", str(run)])
+    assert done.returncode == EXIT_USER_ERROR
+    assert f"{run} holds another network" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_finished_run_is_left_as_it_is(data: Path, undisturbed: Path) -> None:

@@ -11,8 +11,8 @@ import os
 # times; if they slept at once, an idle machine would take half as long again.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+import errno
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +37,9 @@ _COMMANDS = {
     "export": "an ordinary network at one point: pliant export RUN --at 0.5",
     "data": "unpack, shard, split or verify a dataset: pliant data --help",
 }
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +106,9 @@ def _train(experiment: Experiment, recipe_file: Path, arguments: Sequence[str] |
         if show:
             spectrum(AskSpectrum(run=run), ranks)
         elif ranks.first:
-            print(f"Done. Its spectrum: pliant spectrum {run}")
+            from pliant.engine.launch import program
+
+            print(f"Done. Its spectrum: {program('pliant')} spectrum {run}")
 
 
 def _spectrum_command(ask: AskSpectrum) -> None:
@@ -223,8 +228,20 @@ def _guard(action: Callable[[], None]) -> None:
         sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANKS_LOST)
     except Interrupted as stop:
         if _rank() == "0":
-            print(f"{stop}\nGo on with: {_again(sys.argv)}", flush=True)
+            from pliant.engine.launch import again
+
+            print(f"{stop}\nGo on with: {again(sys.argv, stop.run)}", flush=True)
         sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        place = error.filename or "A file"
+        print(
+            f"error: {place} cannot be written ({error.strerror}): make room there or leave to write, and ask again; "
+            "what was written before stands.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:  # before the run listens for signals, or after it
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
@@ -247,20 +264,3 @@ def _heard() -> Iterator[None]:
 def _rank() -> str:
     """This process's rank, once it has joined the others."""
     return os.environ.get("RANK", "0")
-
-
-def _again(arguments: Sequence[str]) -> str:
-    """The command that goes on with this one."""
-    if Path(arguments[0]).name == "pliant" and arguments[1:2] != ["train"]:
-        return shlex.join(["pliant", *arguments[1:]])
-    kept = [text for text in arguments if not text.startswith("--resume=")]
-    if "--resume" in kept:
-        place = kept.index("--resume")
-        del kept[place : place + 2]
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    program = ["pliant"] if Path(kept[0]).name == "pliant" else ["python", kept[0]]
-    if ranks != "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        program = ["accelerate", "launch", "--multi_gpu", "--num_processes", ranks, kept[0]]
-    elif ranks != "1":
-        program = ["torchrun", "--nproc_per_node", ranks, kept[0]]
-    return shlex.join([*program, *kept[1:], "--resume", "auto"])

@@ -1,11 +1,12 @@
 """What a run says when it cannot go on, and the status it leaves with.
 
 UserError          2   a mistake that the user can mend: shown as one sentence, without a traceback
-Interrupted       75   stopped by a signal after a checkpoint: the same command with --resume auto goes on
+Interrupted       75   stopped by a signal after a checkpoint: the same command with --resume RUN goes on
 RanksLost         76   another rank does not answer: killed, or hanging; the newest checkpoint stands
 """
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 EXIT_USER_ERROR = 2
@@ -18,7 +19,12 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and did
-    """The run stopped on a signal. Its text says how to go on."""
+    """The command stopped on a signal. Its text says what stands."""
+
+    def __init__(self, said: str, run: Path | None = None) -> None:
+        """`run`: the folder of a training that --resume goes on with."""
+        super().__init__(said)
+        self.run = run
 
 
 class RanksLost(Exception):  # noqa: N818 - it is what happened

@@ -225,7 +225,8 @@ class Calibration:
     """Post-statistics of batch norm (US-Nets section 3.2)."""
 
     images: int = 2048
-    """Training images, a fixed draw; 0 is all of them."""
+    """Training images, a fixed draw; 0 is all of them. The last batch may be shorter; a single image left for it is
+    left out, as it has no variance."""
     average: Literal["pooled", "cumulative", "moving"] = "pooled"
     """pooled: exact mean and variance of all values a layer saw. cumulative: Eq. 8 as printed, means of the
     batches' means and variances. moving: Eq. 5 with m = 0.9, from the first batch's statistics."""
@@ -237,8 +238,10 @@ class Calibration:
     """Images of a calibration batch."""
 
     def __post_init__(self) -> None:
-        if self.images < 0:
-            raise UserError(f"Batch norm cannot be calibrated on {self.images} images: write a number, or 0 for all.")
+        if self.images < 0 or self.images == 1:
+            raise UserError(
+                f"Batch norm has no variance with --calibration.images {self.images}: write 2 or more, or 0 for all."
+            )
         if self.batch < 2:
             raise UserError(
                 f"Batch norm has no variance over {self.batch} images: write --calibration.batch 2 or more."

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
+from pliant.aside import written_aside
 from pliant.engine.trained import Trained
 from pliant.errors import UserError, optional_import
 from pliant.recipe import Point
@@ -47,7 +48,8 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         path = folder / "model.safetensors"
         recipe = json.dumps(dataclasses.asdict(trained.recipe), default=str)
         weights = {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}
-        save_file(weights, path, {"format": "pt", "recipe": recipe})
+        with written_aside(path) as beside:
+            beside.write_bytes(save(weights, {"format": "pt", "recipe": recipe}))  # a full disk is an OSError so
         written.append(path)
     program = None
     if "torch" in formats or "onnx" in formats:
@@ -57,24 +59,27 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
             program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
     if "torch" in formats:
         path = folder / "model.pt2"
-        torch.export.save(cast(torch.export.ExportedProgram, program), path)
+        with written_aside(path) as beside:
+            torch.export.save(cast(torch.export.ExportedProgram, program), beside)
         written.append(path)
     if "onnx" in formats:
         path = folder / "model.onnx"
         assert program is not None
-        torch.onnx.export(
-            program,
-            (images,),
-            path,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=["images"],
-            output_names=["logits"],
-        )
+        with written_aside(path) as beside:
+            torch.onnx.export(
+                program,
+                (images,),
+                beside,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
+            )
         written.append(path)
     path = folder / "model.json"
-    path.write_text(json.dumps(_description(trained, point, size), indent=2) + "\n")
+    with written_aside(path) as beside:
+        beside.write_text(json.dumps(_description(trained, point, size), indent=2) + "\n")
     return [*written, path]
 
 

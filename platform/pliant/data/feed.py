@@ -182,18 +182,18 @@ class Feed:
 
         Args:
             images: how many; 0, or more than there are, takes all of them.
-            batch: images of a batch; only where all images are taken the last may be shorter, down to two.
+            batch: images of a batch; the last may be shorter, down to two.
             augment: as in training, image by image, without mixing them (see `mixed_plan`); else as in validation.
             seed: of the draw and of the augmentation.
             rank: takes the batches rank, rank + ranks, ...
             ranks: how many share the images.
 
         Raises:
-            UserError: `images` are fewer than `batch`; or (from the iterator) too many images are broken.
+            UserError: from the iterator: too many images are broken.
         """
         train = self.dataset.train
         batches = self.calibration_batches(images, batch)
-        drawn = philox(seed, "calibration").permutation(len(train))
+        drawn = philox(seed, "calibration").permutation(len(train))[: images or None]
 
         def requests() -> Iterator[Request]:
             for number in range(rank, batches, ranks):
@@ -205,21 +205,11 @@ class Feed:
         return _numbered(range(rank, batches, ranks), self._served("train", requests))
 
     def calibration_batches(self, images: int, batch: int) -> int:
-        """Batches that `calibration` gives over all ranks.
-
-        Raises:
-            UserError: `images` are fewer than `batch`.
-        """
+        """Batches that `calibration` gives over all ranks."""
         there = len(self.dataset.train)
-        if images == 0 or images >= there:
-            # Batch norm has no variance over a single image.
-            return there // batch if there % batch == 1 and there > 1 else -(-there // batch)
-        if images < batch:
-            raise UserError(
-                f"Calibration on {images} images has no whole batch of {batch}: "
-                f"write --calibration.batch {images} or less, or more as --calibration.images."
-            )
-        return images // batch
+        taken = min(images or there, there)
+        # Batch norm has no variance over a single image: one that is left over is left out.
+        return taken // batch if taken % batch == 1 and taken > 1 else -(-taken // batch)
 
     def _training_request(self, stage: int, step: int, micro_batch: int, batching: Batching) -> Request:
         positions = self._order.samples(stage, step, micro_batch, batching)

@@ -13,11 +13,13 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.serialization import config
 
 from pliant.errors import UserError
@@ -113,7 +115,7 @@ def newest(folder: Path) -> Checkpoint | None:
         found = verify(path)
         if isinstance(found, Checkpoint):
             return found
-        warnings.warn(f"{found}; the checkpoint before it is used.", stacklevel=2)
+        warnings.warn(f"{found}; it is stepped over.", stacklevel=2)
     return None
 
 
@@ -138,6 +140,24 @@ def require(folder: Path, which: str) -> Checkpoint:
         what = "with a score on a held-out split" if which == "best" else "that is whole"
         raise UserError(f"{folder} holds no checkpoint {what}: train first, or write the folder of another run.")
     return found
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Loads a network's own weights.
+
+    Raises:
+        UserError: they are another network's; the sentence names the first difference.
+    """
+    expected = net.state_dict()
+    for name in expected | dict(weights):
+        there = tuple(weights[name].shape) if name in weights else "missing"
+        here = tuple(expected[name].shape) if name in expected else "missing"
+        if there != here:
+            raise UserError(
+                f"{source} holds another network: {name} is {there} there and {here} in this recipe's network. Write "
+                "the recipe, classes and network settings that it was trained with."
+            )
+    net.load_state_dict(dict(weights))
 
 
 def _of_step(folder: Path, step: str) -> Checkpoint:

@@ -33,8 +33,7 @@ def compile_net(net: nn.Module, graphs: int, backend: str | Callable[..., Any] =
     """Compiles the network's forward in place, at its first call with each point.
 
     Args:
-        graphs: different points that training asks for. Each is compiled for training, and again for evaluation,
-            where batches may be shorter.
+        graphs: different points that training asks for. Evaluation, on copies, stays as it is.
         backend: of torch.compile.
     """
     import torch._dynamo.config  # takes a second

@@ -1,10 +1,13 @@
-"""What the launcher was told that concerns the experiment: accelerate's precision and DeepSpeed file."""
+"""How this process was launched: what accelerate was told of the experiment, and the command that goes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +22,13 @@ def honoured(experiment: Experiment, environment: Mapping[str, str] | None = Non
         UserError: the launcher and the experiment contradict each other.
     """
     env = os.environ if environment is None else environment
-    return _with_backend(_with_precision(experiment, env), env)
+    known = _with_backend(_with_precision(experiment, env), env)
+    if known.deepspeed_config is not None and not known.backend.startswith("zero"):
+        raise UserError(
+            f"--backend {known.backend} has no use for --deepspeed-config: write --backend zero0 to zero3, or leave "
+            "the file out."
+        )
+    return known
 
 
 def _with_precision(experiment: Experiment, env: Mapping[str, str]) -> Experiment:
@@ -57,3 +66,63 @@ def _stage(config: Path | None, env: Mapping[str, str]) -> int:
     if str(stage) not in ("0", "1", "2", "3"):
         raise UserError(f"There is no ZeRO {stage}: write a stage from 0 to 3 ({config or 'accelerate config'}).")
     return int(str(stage))
+
+
+def again(arguments: Sequence[str], run: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """The command that goes on with the one that was stopped.
+
+    Args:
+        arguments: its own, as in sys.argv.
+        run: the folder of the training that it was; None for another command, which is given once more.
+        environment: of the launcher; default: this process's.
+    """
+    env = os.environ if environment is None else environment
+    script = ["pliant"] if Path(arguments[0]).name == "pliant" else [arguments[0]]
+    if run is None:
+        return shlex.join([*map(program, script), *arguments[1:]])
+    kept = [text for text in arguments[1:] if not text.startswith("--resume=")]
+    if "--resume" in kept:
+        place = kept.index("--resume")
+        del kept[place : place + 2]
+    launcher = _launcher(env)
+    if launcher is None:
+        return f"the launch that it came from, and --resume {shlex.quote(str(run))}"
+    if script == ["pliant"]:
+        script = [str(Path(sys.executable).with_name("pliant")) if launcher else program("pliant")]
+    elif not launcher:
+        script = [program("python"), *script]
+    return shlex.join([*launcher, *script, *kept, "--resume", str(run)])
+
+
+def program(name: str) -> str:
+    """How a shell in this folder calls a program of this environment: by its name where that finds it."""
+    own, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if name == "python" and not own.exists():
+        own = Path(sys.executable)
+    if not own.exists() or (found is not None and Path(found).absolute() == own.absolute()):
+        return name
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
+
+
+def _launcher(env: Mapping[str, str]) -> list[str] | None:
+    """Its words before the script; none of them where there was none. None: more than this process can know of."""
+    ranks = env.get("WORLD_SIZE", "1")
+    if env.get("LOCAL_WORLD_SIZE", ranks) != ranks:
+        return None
+    if "ACCELERATE_MIXED_PRECISION" in env:
+        words = [program("accelerate"), "launch", *(["--multi_gpu", "--num_processes", ranks] if ranks != "1" else [])]
+        if env["ACCELERATE_MIXED_PRECISION"] not in ("no", ""):
+            words += ["--mixed_precision", env["ACCELERATE_MIXED_PRECISION"]]
+        return [*words, *_deepspeed(env)]
+    if ranks == "1":
+        return []
+    return [program("torchrun"), "--nproc_per_node", ranks] if "TORCHELASTIC_RUN_ID" in env else None
+
+
+def _deepspeed(env: Mapping[str, str]) -> list[str]:
+    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+        return []
+    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file not in ("", "none"):
+        return ["--use_deepspeed", "--deepspeed_config_file", file]
+    return ["--use_deepspeed", "--zero_stage", env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")]

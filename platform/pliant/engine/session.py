@@ -17,6 +17,7 @@ from pliant.cores import usable_cores
 from pliant.data import Feed, open_dataset
 from pliant.data.index import Index
 from pliant.engine import checkpoint, folder
+from pliant.engine.backends import require_served
 from pliant.engine.compilation import compile_net, graphs_to_compile
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import listening
@@ -107,6 +108,7 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
             f"{_count(ranks.count, 'rank')} on {ranks.device.type}, {_count(torch.get_num_threads(), 'thread')} each",
             flush=True,
         )
+    require_served(experiment.backend, ranks)
     ranks.micro_batches(experiment.batch.micro_batches)  # refuses more ranks than there are
     graphs = graphs_to_compile(experiment)
     feed = make_feed(experiment, ranks)
@@ -201,7 +203,11 @@ def _agreed(ranks: Ranks, decide: Callable[[], T]) -> T:
 
 
 def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpoint | None, list[str]]:
-    """The run to go on with, if any, and its newest whole checkpoint; and what to warn of."""
+    """The run to go on with, if any, and its newest whole checkpoint; and what to warn of.
+
+    Raises:
+        UserError: it was begun with other settings, or holds no whole checkpoint.
+    """
     if experiment.resume is None:
         return None, None, []
     run = folder.newest(experiment) if experiment.resume == "auto" else RunFolder(Path(experiment.resume))
@@ -222,6 +228,11 @@ def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpo
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = checkpoint.newest(run.checkpoints)
+    if found is None:
+        damaged = "".join(f" ({one.message})" for one in caught)
+        raise UserError(
+            f"{run.path} holds no whole checkpoint to go on with{damaged}: leave --resume out to begin anew."
+        )
     return run, found, [*notes, *(str(one.message) for one in caught)]
 
 

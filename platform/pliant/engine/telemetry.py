@@ -66,16 +66,21 @@ class Window:
         middle = statistics.median(self.rank_seconds)
         return self.rank_seconds.index(slowest), slowest / middle if middle > 0 else 1.0
 
+    def speed(self) -> str:
+        """Images and passes a second, the share of time that data was waited for, and steps that came to nothing."""
+        skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        return (
+            f"{self.images_per_s:.0f} images/s  {self.passes_per_s:.1f} passes/s  data {self.data_share:.0%}{skipped}"
+        )
+
     def line(self) -> str:
         """One line for a person."""
         losses = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
-        skipped = f"  skipped {self.skipped}" if self.skipped else ""
         rank, times = self.slowest
         waits = f"  slowest rank {rank} ({times:.2f}x)" if len(self.rank_seconds) > 1 and times > _SLOW else ""
         return (
             f"step {self.step}/{self.steps}  epoch {self.epoch:.2f}  loss {losses}  lr {self.lr:.4g}  "
-            f"{self.images_per_s:.0f} images/s  {self.passes_per_s:.1f} passes/s  data {self.data_share:.0%}{skipped}"
-            f"{waits}  left {duration(self.seconds_left)}"
+            f"{self.speed()}{waits}  left {duration(self.seconds_left)}"
         )
 
 
@@ -145,7 +150,7 @@ class Telemetry:
         if self._bar is None:
             self.say(window.line())
         else:
-            figures = f"{window.images_per_s:.0f} images/s  data {window.data_share:.0%}"
+            figures = window.speed()
             losses = "  ".join(f"{name} {value:.3f}" for name, value in window.losses.items())
             if self._task is None:
                 self._task = self._bar.add_task(window.stage, total=window.steps, figures=figures)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pliant import record
@@ -99,8 +99,7 @@ class Trained:
     def _calibrate(
         self, points: Sequence[Point], calibration: Calibration
     ) -> Mapping[Point, dict[str, LayerStatistics]]:
-        batch, images = calibration.batch, min(calibration.images, len(self.feed.dataset.train))
-        batch = min(batch, images or batch)
+        images, batch = calibration.images, calibration.batch
         number = self.feed.calibration_batches(images, batch)
         # Fewer batches than ranks: every rank runs all of them, which leaves weighted means as they are.
         rank, ranks = (self.ranks.rank, self.ranks.count) if number >= self.ranks.count else (0, 1)
@@ -144,7 +143,7 @@ class Trained:
         for name, layer in statistics.items():
             flat |= {f"{name}.mean": layer.mean.cpu().contiguous(), f"{name}.var": layer.var.cpu().contiguous()}
         with written_aside(path) as beside:
-            save_file(flat, beside)
+            beside.write_bytes(save(flat))  # a full disk is an OSError so
 
     def measure(
         self, nets: Mapping[Point, nn.Module], split: SplitName, rows: dict[Point, Rows] | None = None
@@ -184,28 +183,10 @@ def open_run(path: Path, ranks: Ranks, *, which: str = "newest", root: Path | No
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     state = found.load()
     averaged = state["ema"] is not None
-    load_weights(net, state["ema" if averaged else "net"], found.path)
+    checkpoint.load_weights(net, state["ema" if averaged else "net"], found.path)
     rows = state["ema_rows" if averaged else "rows"]
     unflatten_(running_buffers(net), mean_over_ranks(rows, experiment.batching(state["stage"]).micro_batches))
     return Trained(experiment, RunFolder(path), found.step, net.eval(), feed, ranks)
-
-
-def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Loads a network's own weights.
-
-    Raises:
-        UserError: they are another network's; the sentence names the first difference.
-    """
-    expected = net.state_dict()
-    for name in expected | dict(weights):
-        there = tuple(weights[name].shape) if name in weights else "missing"
-        here = tuple(expected[name].shape) if name in expected else "missing"
-        if there != here:
-            raise UserError(
-                f"{source} holds another network: {name} is {there} there and {here} in this recipe's network. Write "
-                "the recipe, classes and network settings that it was trained with."
-            )
-    net.load_state_dict(dict(weights))
 
 
 @contextmanager

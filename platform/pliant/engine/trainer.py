@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.data import Batch, Feed
-from pliant.engine import sameness
+from pliant.engine import checkpoint, sameness
 from pliant.engine.agreement import Beat, Beats
 from pliant.engine.backends import Backend, wrap
 from pliant.engine.batchnorm import RunningStatistics, flat, mean_over_ranks, running_buffers, twin, unflatten_
@@ -247,7 +247,8 @@ class Trainer:
             self.saver.save(step, self._checkpoint(stage), score=score, must=last or stopping)
         if stopping:
             raise Interrupted(
-                f"Stopped after step {step} of {self.schedule.total}, with a checkpoint in {self.folder.path}."
+                f"Stopped after step {step} of {self.schedule.total}, with a checkpoint in {self.folder.path}.",
+                self.folder.path,
             )
 
     def _validate(self) -> None:
@@ -304,10 +305,10 @@ class Trainer:
 
     def _restore(self, restored: dict[str, Any]) -> None:
         self.state = State(**restored["state"])
-        self.net.load_state_dict(restored["net"])
+        checkpoint.load_weights(self.net, restored["net"], self.folder.path)
         self._restore_rows(self.net, restored["rows"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(restored["ema"])
+            checkpoint.load_weights(self.ema.module, restored["ema"], self.folder.path)
             self._restore_rows(self.ema.module, restored["ema_rows"])
         self.precision.load(restored["precision"])
         if restored["ranks"] == self.ranks.count and restored["threads"] != torch.get_num_threads():

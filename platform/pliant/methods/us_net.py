@@ -63,6 +63,13 @@ class USNet(WidthRecipe):
             )
         if not 0.0 <= self.hard <= 1.0:
             raise UserError(f"A share of the loss lies in [0, 1]: write --recipe.hard so, not {self.hard:g}.")
+        if self.hard and not self.distill:
+            raise UserError(
+                "Without in-place distillation every pass has the labels' own loss: leave --recipe.hard out, or "
+                "--recipe.no-distill."
+            )
+        if self.hard_decay and not self.hard:
+            raise UserError("Nothing decays from 0: write --recipe.hard as well, or leave --recipe.hard-decay out.")
         if not self.grid > 0.0:
             raise UserError(f"Widths cannot be {self.grid:g} apart: write a --recipe.grid above 0.")
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -27,8 +28,8 @@ def width_of(point: Point) -> WidthLike:
 
 
 def grid(low: float, high: float, step: float) -> tuple[float, ...]:
-    """Widths from `low` to `high`, both included, `step` apart."""
-    count = round((high - low) / step)
+    """Widths from `low` to `high`, both included, `step` apart; the last may be nearer."""
+    count = math.ceil((high - low) / step - 1e-6)
     return (*(round(low + number * step, 6) for number in range(count)), high)
 
 

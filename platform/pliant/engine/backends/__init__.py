@@ -62,6 +62,18 @@ class Backend(Protocol):
         """Collective. Ends it; the network, as it was trained, without anything of the backend."""
 
 
+def require_served(kind: BackendName, ranks: Ranks) -> None:
+    """Refuses a backend that is for another number of ranks.
+
+    Raises:
+        UserError: it is.
+    """
+    if kind == "single" and ranks.count > 1:
+        raise UserError(f"--backend single serves one rank, and {ranks.count} take part: write --backend ddp.")
+    if kind == "ddp" and ranks.count == 1:
+        raise UserError("--backend ddp needs several ranks, and one takes part: write --backend single.")
+
+
 def wrap(
     net: nn.Module,
     ranks: Ranks,
@@ -73,16 +85,12 @@ def wrap(
     """Collective. The backend for a network whose learning parameters are set.
 
     Raises:
-        UserError: the backend cannot serve this number of ranks, or does not do what is asked of it.
+        UserError: the backend does not do what is asked of it.
     """
     if kind.startswith("zero"):
         from pliant.engine.backends.zero import Zero
 
         return Zero(net, ranks, int(kind[-1]), optimization, precision, deepspeed_config)
-    if kind == "single" and ranks.count > 1:
-        raise UserError(f"--backend single serves one rank, and {ranks.count} take part: write --backend ddp.")
-    if kind == "ddp" and ranks.count == 1:
-        raise UserError("--backend ddp needs several ranks, and one takes part: write --backend single.")
     if ranks.count > 1:
         return DataParallel(net, ranks, optimization, precision)
     return Single(net, optimization, precision)
