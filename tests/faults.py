@@ -59,12 +59,15 @@ class Trial:
 
     def kill_training(self, instant: str) -> bool:
         """Whether a rank was killed before the run was at its end."""
+        before = self._steps()
         pair = self.train()
         wait = {"anywhere": self._at_random, "checkpoint": self._in_a_write, "evaluation": self._in_validation}
         came = wait[instant](pair)
+        met = self._steps() > before  # both had joined, and gone a step
         if came and pair.running():
             pair.kill(self.generator.randrange(2))
         ends = pair.finish(_PATIENCE if came else _LONGEST)
+        assert not (pair.hung and (met or not came)), f"ranks {pair.hung} hung: {ends}"
         killed = any(status == -signal.SIGKILL for status, _ in ends)  # it may have come to its end just before
         for status, said in ends:
             # The other one leaves by itself, or is at its end; if they had not met yet, its launcher ends it.
@@ -116,6 +119,9 @@ class Trial:
         """The log's whole lines."""
         lines = [line for log in self.runs.glob("*/*/log.jsonl") for line in log.read_text().splitlines()]
         return [line for line in lines if line.endswith("}")]
+
+    def _steps(self) -> int:
+        return sum('"event": "step"' in line for line in self._logged())
 
     def _validations(self) -> int:
         return sum('"event": "val"' in line for line in self._logged())

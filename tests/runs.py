@@ -76,6 +76,8 @@ class Launch:
     command: Sequence[str]
     ranks: int = 2
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    hung: list[int] = field(default_factory=list)
+    """Ranks that `finish` had to kill."""
 
     def start(self) -> Launch:
         with socket.socket() as probe:
@@ -95,6 +97,7 @@ class Launch:
         ends = time.monotonic() + patience
         while time.monotonic() < ends and any(process.poll() is None for process in self.processes):
             time.sleep(0.02)
+        self.hung = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
         self.kill_all()
         done = []
         for process in self.processes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.engine.batchnorm import LayerStatistics, calibrate, impose, norm_layers, twin
+from pliant.engine.batchnorm import LayerStatistics, RunningStatistics, calibrate, impose, norm_layers, twin
 from pliant.engine.precision import Precision
 from pliant.methods.s_net import SNet
 from pliant.methods.us_net import USNet
@@ -39,6 +39,27 @@ def batches(sizes: tuple[int, ...] = SIZES) -> Iterator[tuple[int, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     for index, size in enumerate(sizes):
         yield index, 2.0 + (index + 1) * torch.randn(size, 3, 32, 32, generator=generator)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_running_statistics_do_not_move_in_a_step_that_is_left_out(micro_batches: int) -> None:
+    """An overflow would stay in them for good."""
+    layer = nn.BatchNorm2d(3)
+    running = RunningStatistics(layer)
+    moves = []
+    for number in (0.0, 1.0, 0.0):
+        before = layer.running_mean.clone()
+        running.begin(micro_batches)
+        for _ in range(micro_batches):
+            layer(torch.full((4, 3, 2, 2), torch.inf if number else 1.0))
+            running.end_micro_batch()
+        running.end()
+        running.settle(torch.tensor(number))
+        moves.append(layer.running_mean - before)
+    assert torch.equal(moves[1], torch.zeros(3))
+    assert (moves[0] > 0).all()
+    assert (moves[2] > 0).all()
+    assert torch.isfinite(layer.running_var).all()
 
 
 def measure(

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,27 @@ def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path):
     (tmp_path / "step-00000008").write_text("a file")
     assert steps(tmp_path) == [5]
     assert checkpoint.newest(tmp_path).path == path
+
+
+def test_what_a_killed_process_left_goes_with_the_next_save(tmp_path):
+    path = save(tmp_path, 5)
+    shutil.copytree(path, tmp_path / "step-00000006.partial")
+    shutil.copytree(path, tmp_path / "step-00000007.removed")
+    save(tmp_path, 8)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["step-00000005", "step-00000008"]
+
+
+def test_damaged_checkpoints_do_not_take_the_place_of_whole_ones(tmp_path):
+    """The run went on from step 8, past those of steps 13 and 16: it saves at other steps than before."""
+    for step in (4, 8, 13, 16):
+        path = save(tmp_path, step, keep=4)
+        if step > 8:
+            (path / "state.pt").write_bytes(b"torn")
+    written = save(tmp_path, 10)
+    assert steps(tmp_path) == [8, 10]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.newest(tmp_path).path == written
 
 
 def test_full_disk_leaves_nothing_of_the_new_checkpoint_and_all_of_the_old(small_disk):

@@ -47,6 +47,28 @@ def test_deepspeed_file_of_accelerate_is_taken(tmp_path: Path, stage: int) -> No
         honoured(dataclasses.replace(PLAIN, backend="ddp"), env)
 
 
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is not offered"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "write --optimization.clip 1.0"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--batch.images and --batch.micro decide"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "move state to the cpu"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "move state to the nvme"),
+    ],
+)
+def test_what_accelerate_asks_for_and_is_not_served_is_refused(env: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        honoured(PLAIN, env)
+
+
+def test_what_accelerate_asks_for_and_the_run_does_is_served() -> None:
+    clipped = dataclasses.replace(PLAIN, optimization=dataclasses.replace(PLAIN.optimization, clip=1.0))
+    assert honoured(clipped, {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}) == clipped
+    usual = {"ACCELERATE_GRADIENT_CLIPPING": "none", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
+    assert honoured(PLAIN, usual | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}) == PLAIN
+
+
 def test_stage_of_accelerate_without_a_file() -> None:
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     assert honoured(PLAIN, env).backend == "zero3"
@@ -126,6 +148,10 @@ def test_clipping_is_always_written_out(tmp_path: Path) -> None:
         ({"optimizer": {"type": "AdamW"}}, "the recipe's optimization settings decide"),
         ({"train_micro_batch_size_per_gpu": 32}, "--batch.images and --batch.micro decide"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "is not offered: take it out"),
+        ({"zero_optimization": {"cpu_offload": True}}, "is not offered: take it out"),
+        ({"zero_optimization": {"stage": 3}}, "asks for ZeRO 3: write --backend zero3"),
+        ({"torch_autocast": {"enabled": True}}, "sets torch_autocast, which is not offered"),
+        ({"communication_data_type": "fp16"}, "sets communication_data_type, which is not offered"),
     ],
 )
 def test_what_the_experiment_decides_is_refused_in_the_file(
@@ -149,6 +175,12 @@ def test_what_accelerate_leaves_open_is_no_contradiction(tmp_path: Path) -> None
     )
     zero = options_for(3, None, path)["zero_optimization"]
     assert zero == {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+
+
+def test_file_decides_what_deepspeed_reports(tmp_path: Path) -> None:
+    path = config(tmp_path, steps_per_print=10, zero_optimization={"stage": 2, "offload_optimizer": None})
+    assert options_for(2, None, path)["steps_per_print"] == 10
+    assert options_for(2, None, None)["steps_per_print"] > 10**6
 
 
 def test_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pliant.engine.backends import wrap
+from pliant.engine.backends import Backend, wrap
 from pliant.engine.backends.single import Single
 from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
 from pliant.engine.optimization import set_learning
@@ -125,6 +125,43 @@ def _equals_one_process(ranks: Ranks) -> None:
 def test_gradients_and_statistics_are_those_of_one_process(ranks: int) -> None:
     """Three ranks share four micro-batches unevenly; gates, policies and nonuniform widths differ per rank."""
     spawn(_equals_one_process, ranks)
+
+
+def _goes_on_bit_for_bit(ranks: Ranks) -> None:
+    torch.manual_seed(1)
+    config = Optimization(lr=0.05)
+
+    def step(net: nn.Module, backend: Backend, number: int) -> None:
+        indices = ranks.micro_batches(MICRO_BATCHES)
+        accumulate(
+            US_NET,
+            net,
+            backend,
+            RunningStatistics(net),
+            [micro_batch(index) for index in indices],
+            [Draw(0, 0, number, index) for index in indices],
+            progress_at(number),
+            MICRO_BATCHES,
+        )
+        backend.update(0.05)
+
+    net = US_NET.build(3)
+    backend = wrap(net, ranks, "ddp", config, Precision("fp32", ranks.device))
+    for number in range(3):
+        step(net, backend, number)
+    resumed = copy.deepcopy(net)
+    after = wrap(resumed, ranks, "ddp", config, Precision("fp32", ranks.device))
+    after.load_optimizer_state(backend.optimizer_state())
+    for one, on in ((net, backend), (resumed, after)):
+        for number in (3, 4):
+            step(one, on, number)
+    for (name, mine), other in zip(net.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+def test_three_ranks_go_on_bit_for_bit() -> None:
+    """From three on, the order in which ranks are added follows the layout of DDP's buckets."""
+    spawn(_goes_on_bit_for_bit, 3)
 
 
 def _under_zero_equals_one_process(ranks: Ranks) -> None:

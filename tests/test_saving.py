@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pliant.engine import checkpoint
+from pliant.engine.agreement import Beats
 from pliant.engine.ranks import Ranks
 from pliant.engine.saving import Copy, Saver
 from pliant.errors import UserError
@@ -34,6 +36,18 @@ def test_copy_is_taken_at_once_and_its_memory_kept() -> None:
     assert (again["step"], again["none"], again["list"]) == (3, None, [1, 2])
     other = copies.take({"net": {"weight": torch.zeros(5)}})
     assert other["net"]["weight"].shape == (5,)
+
+
+def test_save_that_a_clock_asks_for_is_taken_once_by_several_ranks() -> None:
+    """The flag is read a step late; meanwhile the clock still says so."""
+    beats = Beats(SimpleNamespace(count=2, start_max=lambda flags: None))  # type: ignore[arg-type]
+    saved, due = [], False
+    for step in range(8):
+        due = due or step == 3
+        if beats.beat(torch.zeros(()), stop=False, save=due).save:
+            saved.append(step)
+            due = False
+    assert saved == [4]
 
 
 def slow_writes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -220,15 +221,16 @@ def test_state_lies_where_a_fused_step_looks_for_it() -> None:
 
 
 def _skips(ranks: Ranks, kind: str) -> None:
-    """A gradient that is not finite on one rank leaves the step out on all."""
+    """A gradient that is not finite on one rank leaves the step out on all, be it the first one."""
     recipe = Touches(alike=True)
-    for precision in ("fp32", "fp16"):
+    for precision, first in itertools.product(("fp32", "fp16"), (False, True)):
         torch.manual_seed(0)
         net = recipe.build(5)
         scale = Precision(precision, ranks.device)
         backend = wrap(net, ranks, kind, OPTIMIZATION, scale)
-        take_step(recipe, backend, net, ranks, 0, ranks.count)
-        backend.update(0.1)
+        if not first:
+            take_step(recipe, backend, net, ranks, 0, ranks.count)
+            backend.update(0.1)
         before = copy.deepcopy(backend.whole().state_dict())
         momentum, size = copy.deepcopy(backend.optimizer_state()), scale.scale
         batches = [batch_of(1, ranks.rank)]
@@ -245,7 +247,7 @@ def _skips(ranks: Ranks, kind: str) -> None:
             done = backend.update(0.1)
         assert done.nonfinite.item() == 0, "it goes on"
         moved = backend.whole().state_dict()
-        assert all(torch.isfinite(value).all() for value in moved.values())
+        assert all(value.abs().max() < 10 for value in moved.values())
         assert not torch.equal(moved["every.weight"], before["every.weight"])
 
 

@@ -47,6 +47,7 @@ class Beats:
             save: whether this process finds that a checkpoint is due.
         """
         before = self.last()
+        save = save and not before.save  # it is saved now
         flags = torch.stack(
             [nonfinite, torch.full_like(nonfinite, float(stop)), torch.full_like(nonfinite, float(save))]
         )

@@ -53,19 +53,21 @@ def running_buffers(net: nn.Module) -> list[Tensor]:
 
 
 class RunningStatistics:
-    """Keeps a network's running statistics to one move per step, the mean of its micro-batches' moves."""
+    """Keeps a network's running statistics to one move per step, the mean of its micro-batches' moves; to none where
+    the step was left out."""
 
     def __init__(self, net: nn.Module) -> None:
         self._buffers = running_buffers(net)
         self._count = 1
-        self._before: list[Tensor] = []
+        self._before = [buffer.clone() for buffer in self._buffers]
         self._sum: list[Tensor] = []
 
     def begin(self, micro_batches: int) -> None:
         """Before the first of so many micro-batches."""
         self._count = micro_batches
+        if self._buffers:
+            torch._foreach_copy_(self._before, self._buffers)
         if self._several:
-            self._before = [buffer.clone() for buffer in self._buffers]
             self._sum = [torch.zeros_like(buffer) for buffer in self._buffers]
 
     def end_micro_batch(self) -> None:
@@ -80,6 +82,13 @@ class RunningStatistics:
             torch._foreach_div_(self._sum, self._count)
             torch._foreach_copy_(self._buffers, self._sum)
 
+    def settle(self, left_out: Tensor) -> None:
+        """After the update: takes the move back on the device where `left_out`, a scalar, is 1. What overflowed would
+        otherwise stay in the averages for good."""
+        if self._buffers:
+            kept = torch.where(left_out > 0, flat(self._before), flat(self._buffers))
+            unflatten_(self._buffers, kept)
+
     @property
     def _several(self) -> bool:
         return self._count > 1 and bool(self._buffers)
@@ -92,8 +101,9 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten_(tensors: Sequence[Tensor], row: Tensor) -> None:
     """Writes a row made by `flat` back, in place."""
-    for tensor, part in zip(tensors, row.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    if tensors:
+        parts = row.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(one) for part, one in zip(parts, tensors, strict=True)])
 
 
 def mean_over_ranks(rows: Tensor, micro_batches: int) -> Tensor:

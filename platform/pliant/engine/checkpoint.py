@@ -45,7 +45,9 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None, keep: int) -> Path:
-    """Writes a checkpoint, then removes older ones but the newest `keep` and the best.
+    """Writes a checkpoint, then removes all but the newest `keep` up to it and the best.
+
+    A run goes on from its newest whole checkpoint: one of a later step is damaged, and makes place too.
 
     Args:
         folder: of all checkpoints of the run; made if missing.
@@ -57,7 +59,8 @@ def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None,
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}"
     partial = folder / f"{path.name}.partial"
-    _remove(partial)
+    for left in (*folder.glob("step-*.partial"), *folder.glob("step-*.removed")):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir()
         with _Flushed(partial / _STATE) as file:
@@ -66,14 +69,14 @@ def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None,
         with _Flushed(partial / _MANIFEST) as manifest:
             manifest.write(json.dumps({**body, "sha256": _digest(body)}, indent=2).encode())
         _flush_folder(partial)
-        if path.exists():  # the same step again, after a resume from an earlier one: equal, or damaged
-            _remove(path)
+        replaced = _aside(path)  # the same step again, after a resume from an earlier one: equal, or damaged
         partial.rename(path)
         _flush_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _thin(folder, keep)
+    _thin(folder, keep, path)
     return path
 
 
@@ -173,17 +176,18 @@ def _of_step(folder: Path, step: str) -> Checkpoint:
     return found
 
 
-def _thin(folder: Path, keep: int) -> None:
-    paths = folders(folder)
+def _thin(folder: Path, keep: int, written: Path) -> None:
+    later = [path for path in folders(folder) if path > written]
+    paths = [path for path in folders(folder) if path <= written]
     kept = set(paths[-keep:])
     scores = {path: score for path in paths if (score := _score(path)) is not None}
     for path in sorted(scores, key=lambda path: (-scores[path], path)):
         if path in kept or isinstance(verify(path), Checkpoint):  # a damaged one is not worth a whole one's place
             kept.add(path)
             break
-    for path in paths:
+    for path in (*later, *paths):
         if path not in kept:
-            _remove(path)
+            shutil.rmtree(_aside(path), ignore_errors=True)
 
 
 def _score(path: Path) -> float | None:
@@ -194,13 +198,12 @@ def _score(path: Path) -> float | None:
     return None if score is None else float(score)
 
 
-def _remove(path: Path) -> None:
-    """Removes a folder; stopped half-way, it leaves nothing that looks like a checkpoint."""
+def _aside(path: Path) -> Path:
+    """Where a folder goes, if it is there, before it is removed: half-way it does not look like a checkpoint."""
+    doomed = path.with_name(f"{path.name}.removed")
     if path.exists():
-        doomed = path.with_name(f"{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def _save(state: dict[str, Any], file: _Flushed) -> None:

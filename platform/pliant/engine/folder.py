@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pliant import record
+from pliant.aside import written_aside
 from pliant.errors import UserError
 from pliant.experiment import Experiment
 
@@ -78,6 +79,12 @@ def create(experiment: Experiment, recipe_file: Path | None) -> RunFolder:
             ) from None
         return RunFolder(path)
     raise UserError(f"{parent} already holds a hundred runs of this second: write another --name.")
+
+
+def keep_changes(experiment: Experiment, run: RunFolder) -> None:
+    """Keeps the settings that a resumed run goes on with, so that what is asked of it later goes by them."""
+    with written_aside(run.path / "experiment.json") as beside:
+        beside.write_text(record.dump(experiment))
 
 
 def _describe(experiment: Experiment, recipe_file: Path | None, path: Path) -> None:

@@ -22,6 +22,7 @@ def honoured(experiment: Experiment, environment: Mapping[str, str] | None = Non
         UserError: the launcher and the experiment contradict each other.
     """
     env = os.environ if environment is None else environment
+    _refuse_unserved(experiment, env)
     known = _with_backend(_with_precision(experiment, env), env)
     if known.deepspeed_config is not None and not known.backend.startswith("zero"):
         raise UserError(
@@ -29,6 +30,30 @@ def honoured(experiment: Experiment, environment: Mapping[str, str] | None = Non
             "the file out."
         )
     return known
+
+
+def _refuse_unserved(experiment: Experiment, env: Mapping[str, str]) -> None:
+    """What `accelerate config` may hold that would be dropped without a word."""
+    if env.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError("FSDP is not offered: launch without it, and write --backend zero3 for shared-out weights.")
+    clip = env.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower()
+    if clip not in ("none", "", "0", "0.0", "auto") and (experiment.optimization.clip or 0.0) != float(clip):
+        raise UserError(
+            f"accelerate launch asks to clip gradients to {clip} and the experiment for "
+            f"{experiment.optimization.clip}: write --optimization.clip {clip}, or take it out of accelerate's config."
+        )
+    if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1").lower() not in ("1", "auto"):
+        raise UserError(
+            "accelerate launch asks for gradient accumulation: take it out of accelerate's config; --batch.images and "
+            "--batch.micro decide."
+        )
+    for what in ("OPTIMIZER", "PARAM"):
+        device = env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower()
+        if device not in ("none", ""):
+            raise UserError(
+                f"accelerate launch asks to move state to the {device} (offload_{what.lower()}_device), which is not "
+                "offered: take it out of accelerate's config."
+            )
 
 
 def _with_precision(experiment: Experiment, env: Mapping[str, str]) -> Experiment:

@@ -70,6 +70,19 @@ def make_optimizer(net: nn.Module, config: Optimization) -> Optimizer:
     )
 
 
+def with_momentum(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer, SGD's momentum beginning at zero.
+
+    Torch would make it in the first step, and leave memory as it finds it if that step is left out on the device
+    (2.13, fused). The first step comes to the same bits.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def placed(value: Any, parameter: Tensor) -> Any:
     """A copy of one value of an optimizer's state, where a fused step looks for it: on the parameter's device, and in
     its memory layout if it is as large."""

@@ -169,8 +169,10 @@ def _adopt_srun(env: dict[str, str]) -> dict[str, str]:
     """What torchrun would have set, from what srun set: one rank per task."""
     slurm = optional_import("submitit.slurm.slurm", extra="slurm", purpose="A start by srun alone")
     tasks = slurm.SlurmJobEnvironment()
-    # Every task comes to the same port by itself, and another step of the job to another one.
-    port = random.Random(f"{tasks.job_id}.{env.get('SLURM_STEP_ID', '0')}").randint(20000, 60000)
+    # Every task comes to the same port by itself, and another step of the job, or the job put back in the queue, to
+    # another one.
+    launch = (tasks.job_id, env.get("SLURM_STEP_ID", "0"), env.get("SLURM_RESTART_COUNT", "0"))
+    port = random.Random(".".join(launch)).randint(20000, 60000)
     found = {
         "RANK": str(tasks.global_rank),
         "WORLD_SIZE": str(tasks.num_tasks),

@@ -55,7 +55,8 @@ class Saver:
     def __init__(self, folder: Path, ranks: Ranks, config: Saving, warn: Callable[[str], None]) -> None:
         self._folder, self._ranks, self._config, self._warn = folder, ranks, config, warn
         self._copy = Copy()
-        self._writer = ThreadPoolExecutor(1, "pliant-checkpoint", initializer=_yield_to_training)
+        self._writer = ThreadPoolExecutor(1, "pliant-checkpoint")
+        self._thread: int | None = None
         self._pending: Future[Path] | None = None
         self._saved_at = time.monotonic()
 
@@ -95,9 +96,7 @@ class Saver:
         if self._ranks.first:
             self.settle()
             copied = self._copy.take(state)
-            self._pending = self._writer.submit(
-                checkpoint.save, self._folder, step, copied, score=score, keep=self._config.keep
-            )
+            self._pending = self._writer.submit(self._write, step, copied, score)
             problem = self._finished() if must else None
         if not must:
             return
@@ -105,11 +104,19 @@ class Saver:
         if problem is not None:
             raise UserError(f"No {problem}. Make room, then write --resume {self._folder.parent}.")
 
+    def _write(self, step: int, copied: dict[str, Any], score: float | None) -> Path:
+        """In the writing thread: it takes the time that training leaves, until somebody waits for it."""
+        self._thread = threading.get_native_id()
+        _schedule(self._thread, idle=True)
+        return checkpoint.save(self._folder, step, copied, score=score, keep=self._config.keep)
+
     def _finished(self) -> str | None:
         """Waits for the write under way; what went wrong with it."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
+        if self._thread is not None:
+            _schedule(self._thread, idle=False)
         try:
             pending.result()
         except OSError as error:
@@ -121,9 +128,7 @@ class Saver:
             self._warn(f"no {problem}, and the run goes on.")
 
 
-def _yield_to_training() -> None:
-    """The writing thread takes the time that training leaves: it has until the next checkpoint."""
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # Linux has a policy per thread; niceness 19 took half as much more
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+def _schedule(thread: int, *, idle: bool) -> None:
+    """Linux has a policy per thread; niceness 19 took half as much more. Where it may not be changed it stays."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(thread, os.SCHED_IDLE if idle else os.SCHED_OTHER, os.sched_param(0))

@@ -124,6 +124,8 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
         experiment.recipe.start(net)
+    if run is not None and ranks.first:
+        folder.keep_changes(experiment, run)
     return _Opened(
         experiment=experiment,
         feed=feed,

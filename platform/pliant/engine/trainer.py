@@ -76,6 +76,8 @@ class Trainer:
     backend: Backend = field(init=False)
     """Of the stage that runs."""
     running: RunningStatistics = field(init=False)
+    beats: Beats = field(init=False)
+    """Of the stage that runs."""
     _verified: int = field(init=False, default=0)
     _finding: Finding = field(init=False, default_factory=Finding)
 
@@ -110,6 +112,7 @@ class Trainer:
         )
         if restored is not None and restored["stage"] == stage:
             self.backend.load_optimizer_state(restored["optimizer"])
+        self.beats = Beats(self.ranks)
         if restored is not None and self._validation_due:  # it was stopped in that validation
             self._after_step(stage, Beat())
         steps, times = range(first, self.schedule.steps[stage]), self.schedule.stages[stage].batch
@@ -154,12 +157,12 @@ class Trainer:
         config = self.experiment
         self.running = RunningStatistics(self.net)
         meter = Meter(self.schedule, self.ranks, config.batching(stage))
-        beats = Beats(self.ranks)
         for step in steps:
             lr = self.schedule.lr(stage, step)
             losses, done = self._step(stage, step, batches, meter, lr)
             self.state.step += 1
-            beat = self._heed(beats.beat(done.nonfinite, stop=self.interruption.asked, save=self.saver.minutes_are_up))
+            asked, due = self.interruption.asked, self.saver.minutes_are_up
+            beat = self._heed(self.beats.beat(done.nonfinite, stop=asked, save=due))
             meter.add(losses)
             if self.state.step % config.log_steps == 0 or self.state.step == self.schedule.total:
                 window = meter.window(
@@ -172,13 +175,12 @@ class Trainer:
             if step == steps.start:
                 self.saver.prepare(self._checkpoint(stage))  # the optimizer has its state now
                 self.ranks.wait_at_most(config.timeout_minutes)
+            self.watchdog.alive()  # not before the first step is done, which may take long
             meter.resume()
-        self._heed(beats.last())
 
     def _step(self, stage: int, step: int, batches: Iterator[Batch], meter: Meter, lr: float) -> tuple[Losses, Update]:
         config, progress, draws = self.experiment, self.schedule.progress(stage, step), self._draws(stage, step)
         total = self._total(stage)
-        self.watchdog.alive()
         micro_batches: Any = meter.timed(batches, len(draws))
         verifying = self._verified < config.verify_gradients
         if verifying:
@@ -210,6 +212,7 @@ class Trainer:
                 total,
             )
         done = self.backend.update(lr)
+        self.running.settle(done.nonfinite)
         if self.ema is not None:
             self.ema.update(self.net)
         return losses, done
@@ -243,6 +246,8 @@ class Trainer:
         due = due or beat.save or (self.state.evaluated == step and self.state.score is not None)  # it may be the best
         last = step == self.schedule.total
         if due or last or stopping:
+            late = self._heed(self.beats.last())  # of this step: a checkpoint counts it
+            stopping = stopping or (late.stop and not last)
             score = self.state.score if self.state.evaluated == step else None
             self.saver.save(step, self._checkpoint(stage), score=score, must=last or stopping)
         if stopping:
@@ -264,12 +269,21 @@ class Trainer:
             net, batch = self.evaluated_net(), self.experiment.batch.micro
             with shared_out(self.feed, split, batch, self.ranks, self.interruption) as batches:
                 lines = evaluate(
-                    self.recipe, dict.fromkeys(points, net), batches, precision=self.precision, ranks=self.ranks
+                    self.recipe,
+                    dict.fromkeys(points, net),
+                    self._watched(batches),
+                    precision=self.precision,
+                    ranks=self.ranks,
                 )
             # Choosing by the validation images would make them a training set: only held-out images give a score.
             self.state.score = self.recipe.score(lines) if split == "held_out" else None
             self.telemetry.measurements(split, self.state.step, lines)
         self.state.evaluated = self.state.step
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.watchdog.alive()
+            yield batch
 
     def evaluated_net(self) -> nn.Module:
         """Collective. A twin, of the averaged weights if there is an EMA, with the mean of the ranks' statistics."""

@@ -36,7 +36,7 @@ def watchdog(folder: Path, ranks: Ranks, minutes: float) -> Iterator[Watchdog]:
     try:
         hangs.mkdir(exist_ok=True)
         path = hangs / f"rank-{ranks.rank:04d}.txt"
-        file = path.open("w")
+        file = path.open("a")  # what the run left behind that this one goes on with is what one looks for
     except OSError:  # a full disk: the log says so
         yield Watchdog(None, 0.0)
         return

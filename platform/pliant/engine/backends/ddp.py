@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +46,20 @@ class DataParallel(Single):
             self._ddp = DistributedDataParallel(NextPass(net), broadcast_buffers=False)
         # Depthwise kernels have the same memory in both layouts, which DDP's check does not see.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+        self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Collective. A reduction of zeros, over parameters in their own order.
+
+        After its first reduction DDP lays its buckets out anew, by the order in which gradients came. Three ranks or
+        more then add in another order. So that a resumed run and the one that was not stopped add alike, it happens
+        here, always the same, and not after whatever step comes first.
+        """
+        learning = self._learning().values()
+        nothing = torch.stack([parameter.float().sum() for parameter in learning]).sum() * 0.0
+        self._ddp(iter([Pass("nothing", nothing)]))
+        nothing.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
         """The next pass, or None. DDP decides here whether its backward reduces."""

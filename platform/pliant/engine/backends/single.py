@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pliant.engine.optimization import Update, make_optimizer, placed, update
+from pliant.engine.optimization import Update, make_optimizer, placed, update, with_momentum
 from pliant.engine.precision import Precision
 from pliant.experiment import Optimization
 from pliant.recipe import Pass
@@ -22,7 +22,7 @@ class Single:
 
     def __init__(self, net: nn.Module, optimization: Optimization, precision: Precision) -> None:
         self.net = net
-        self.optimizer = make_optimizer(net, optimization)
+        self.optimizer = with_momentum(make_optimizer(net, optimization))
         self.precision = precision
         self._clip = optimization.clip
 

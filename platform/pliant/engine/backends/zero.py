@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.engine.backends.ddp import NextPass
-from pliant.engine.optimization import Update, make_optimizer, placed, update
+from pliant.engine.optimization import Update, make_optimizer, placed, update, with_momentum
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.errors import UserError, optional_import
@@ -39,6 +39,13 @@ _TUNED = (
     "steps_per_print",
 )
 """What a user's configuration file may decide: how ZeRO communicates, and what DeepSpeed reports."""
+_JUDGED = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "fp16", "bf16", "amp"),
+)
+"""What the experiment decides: a file that says otherwise is refused."""
+_OURS = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+"""What a file may hold, and this module decides."""
 
 
 class Zero:
@@ -64,6 +71,8 @@ class Zero:
                 parameter.data = plain.copy_(parameter)
         self._plain = copy.deepcopy(net)
         self.optimizer = make_optimizer(net, optimization)
+        if stage == 0:  # the others keep it by their own shares
+            with_momentum(self.optimizer)
         options = options_for(stage, optimization.clip, config)
         with _quiet():
             deepspeed = _deepspeed(ranks)
@@ -240,11 +249,15 @@ def options_for(stage: int, clip: float | None, config: Path | None) -> dict[str
     """
     given: dict[str, Any] = {} if config is None else read_config(config)
     zero = dict(given.get("zero_optimization", {}))
+    if zero.get("stage", stage) not in (stage, "auto"):
+        raise UserError(f"{config} asks for ZeRO {zero['stage']}: write --backend zero{zero['stage']}.")
     for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") not in ("none", None):
-            raise UserError(
-                f"{config} moves state to the {zero[name]['device']} ({name}), which is not offered: take it out."
-            )
+        device = (zero.get(name) or {}).get("device", "none")
+        if device not in ("none", None):
+            raise UserError(f"{config} moves state to the {device} ({name}), which is not offered: take it out.")
+    for name in ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory"):
+        if zero.get(name):
+            raise UserError(f"{config} moves state to the cpu ({name}), which is not offered: take it out.")
     if stage == 3:
         zero.setdefault("stage3_param_persistence_threshold", 0)
     fixed = {
@@ -254,10 +267,10 @@ def options_for(stage: int, clip: float | None, config: Path | None) -> dict[str
         "zero_optimization": {**_settled(zero), "stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
     }
     _refuse_contradictions(given, clip, config)
-    return {key: value for key, value in given.items() if key in _TUNED} | fixed
+    tuned = {key: value for key, value in given.items() if key in _TUNED and value != "auto"}
+    return {"steps_per_print": 2**31} | tuned | fixed
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -281,6 +294,9 @@ def _settled(zero: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_contradictions(given: dict[str, Any], clip: float | None, config: Path | None) -> None:
+    for name, value in given.items():
+        if name not in (*_TUNED, *_JUDGED, *_OURS) and value not in ("auto", None, False):
+            raise UserError(f"{config} sets {name}, which is not offered: take it out.")
     said = given.get("gradient_clipping", "auto")
     if said not in ("auto", clip or 0.0):
         raise UserError(
