@@ -62,6 +62,11 @@ def test_what_cannot_be_compared_is_refused(one: Path, tmp_path: Path, capsys: p
     fewer = spectrum(tmp_path / "few", "inet", line("1x", 0.7, 1e6, images=500))
     held_out = spectrum(tmp_path / "held", "inet", line("1x", 0.7, 1e6), split="held_out")
     generated = spectrum(tmp_path / "made", "inet", line("1x", 0.7, 1e6), generated=True)
+    drawn = [
+        spectrum(tmp_path / f"draw{seed}", "inet", line("1x", 0.7, 1e6), fingerprint={"labels": seed})
+        for seed in (1, 2)
+    ]
+    assert "other images than" in refusal(capsys, "compare", *drawn, "--to", str(tmp_path / "a.png"))
     for other in (fewer, held_out, generated):
         assert "measure both on the same" in refusal(capsys, "compare", one, other, "--to", str(tmp_path / "a.png"))
     assert "two runs or more" in refusal(capsys, "compare", one, one)

@@ -419,6 +419,32 @@ def test_unusual_images_are_no_faults_and_loaders_agree_on_them(tmp_path):
             assert one.float().std() > 5 or kind == "tiny", kind
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("ppm", b"P6 2 2 100\n" + bytes(12), "the highest of its colours is 100 in PPM"),
+        ("pgm", b"P5 2 2 1\n" + bytes(4), "the highest of its colours is 1 in PPM"),
+        ("tif", None, "it is a TIFF of orientation 3"),
+    ],
+)
+def test_what_loaders_read_unlike_is_a_fault(tmp_path, name, content, said):
+    """DALI and torchvision would serve other pixels of them, without a word."""
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        Image.new("RGB", (4, 6)).save(tmp_path / place / "0.png")
+        file = tmp_path / place / f"1.{name}"
+        if content is None:
+            exif = Image.Exif()
+            exif[0x0112] = 3
+            Image.new("RGB", (4, 6)).save(file, exif=exif)
+        else:
+            file.write_bytes(content)
+    index = scan(tmp_path, None)
+    assert index.broken.tolist() == [1, 3]
+    assert said in index.reason(1)
+    assert scan(tmp_path, None, strict=False).broken.tolist() == [1, 3]
+
+
 def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):
     (truncated,) = (shared_data / "photos_odd").glob("*truncated*")
     whole = next((shared_data / "photos" / truncated.name[:9]).glob("*"))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pliant.data import Feed, open_dataset
 from pliant.data.index import scan_shards
@@ -36,6 +37,25 @@ def pack(path: Path, members: Iterable[Member]) -> Path:
                 info.size = len(member[1])
                 shard.addfile(info, io.BytesIO(member[1]))
     return path
+
+
+def test_an_image_stands_in_a_shard_once(tmp_path, own_cache):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    content = picture.getvalue()
+    pack(tmp_path / "train-000000.tar", [("a/0.png", content), ("a/0.png", content), ("b/0.png", content)])
+    with pytest.raises(UserError, match=r"holds two images named 'a/0\.png'"):
+        scan_shards(tmp_path, "train-*.tar", None)
+
+
+def test_of_the_members_of_a_sample_one_is_the_image(tmp_path, own_cache):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    content = picture.getvalue()
+    samples = [[(f"{key}.png", content), (f"{key}.mask.png", content), (f"{key}.cls", b"1")] for key in ("p", "q")]
+    pack(tmp_path / "train-000000.tar", [member for sample in samples for member in sample])
+    index = scan_shards(tmp_path, "train-*.tar", None)
+    assert [index.shown(position).rpartition("/")[2] for position in range(len(index))] == ["p.png", "q.png"]
 
 
 def files(folder: Path) -> list[Path]:

@@ -87,6 +87,27 @@ def expected_classes(contents: dict[str, bytes]) -> Counter[tuple[bytes, bytes]]
     return Counter((content, str(WNIDS.index(name.split("/")[0])).encode()) for name, content in contents.items())
 
 
+def test_what_cannot_be_finished_is_refused_before_anything_is_written(originals, tmp_path, capsys):
+    root, train = tmp_path / "root", ["imagenet", "--train", originals.train, "--to", tmp_path / "root"]
+    labels = ["--val-labels", originals.labels]
+    assert "cannot be read" in refusal(capsys, *train, "--val", tmp_path / "absent.tar", *labels)
+    assert "cannot be read" in refusal(capsys, *train, "--val", originals.val, "--devkit", tmp_path / "absent.tar.gz")
+    assert "are of the validation images" in refusal(capsys, *train, *labels)
+    assert "no use for --shard-images" in refusal(capsys, *train, "--shard-images", 7)
+    assert not root.exists()
+
+
+def test_shards_that_are_gone_are_missed(originals, tmp_path, capsys):
+    """The last ones too, whose absence leaves no gap."""
+    root = tmp_path / "root"
+    arguments = imagenet_arguments(originals, root, "--form", "shards", "--shard-images", 5)
+    data(*arguments)
+    (root / "train-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"prepared-train.json says 12: bring all of them back"):
+        open_dataset(Data(source="shards", root=root, check="header"), 0)
+    assert "train-000002.tar is gone" in refusal(capsys, *arguments)
+
+
 def test_archives_become_class_folders(originals, tmp_path, capsys):
     data(*imagenet_arguments(originals, tmp_path / "root"))
     expected = {f"train/{name}": content for name, content in archives.train_images().items()}
@@ -599,6 +620,7 @@ def test_a_validation_class_without_training_images_is_refused(image_folder, tmp
     (image_folder / "val" / "newt").rename(image_folder / "val" / "zebra")
     said = refusal(capsys, "shards", "--root", image_folder, "--to", tmp_path / "shards")
     assert f"{image_folder / 'val' / 'zebra'} is not among the training classes" in said
+    assert not (tmp_path / "shards").exists(), "before the training images are written"
 
 
 def test_images_may_have_names_that_are_not_utf_8_and_classes_may_not(image_folder, tmp_path, capsys):

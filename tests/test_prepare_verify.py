@@ -182,6 +182,11 @@ def test_command_lists_findings_and_ends_with_status_2(image_folder, tmp_path, c
     cli.main(["data", "verify", str(image_folder), "--split", "train", "--workers", "1"])
 
 
+def test_a_link_that_leads_nowhere_is_a_broken_image(image_folder, capsys):
+    (image_folder / "train" / "cat" / "9.png").symlink_to(image_folder / "absent.png")
+    assert "1 of 34 images" in refusal(capsys, "verify", image_folder)
+
+
 def test_names_that_are_not_utf_8_are_spelt_out(image_folder, tmp_path):
     name = os.fsdecode(b"\xe9t\xe9.jpg")  # Latin-1
     (image_folder / "train" / "dog" / name).write_bytes(b"no image")

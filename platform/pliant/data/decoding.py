@@ -11,10 +11,13 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """Told by a file's content, not by its name."""
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L")
+_ORIENTATION = 274  # TIFF's tag
 _SHRINK = 8  # JPEG's largest reduction: all bytes are read and decoded, few pixels computed
 
 
@@ -105,4 +108,12 @@ def _accepted(image: Image.Image) -> tuple[int, int]:
     # Pillow cuts what loaders scale, and DALI reads transparency in TIFF as a colour.
     if image.mode not in _MODES or (image.format, image.mode) == ("TIFF", "LA"):
         raise Faulty(f"its pixels are of Pillow's mode {image.mode} in {image.format}, which loaders read unlike")
+    # Pillow turns a TIFF as it loads it; and DALI takes the colours of a PPM as they are, whatever their maximum.
+    turned = image.tag_v2.get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
+    if turned != 1:
+        raise Faulty(f"it is a TIFF of orientation {turned}, which loaders read unlike")
+    if isinstance(image, PpmImageFile) and image.tile and image.tile[0].codec_name.startswith("ppm"):
+        highest = image.tile[0].args[1]  # type: ignore[index]
+        if highest not in (255, 65535):
+            raise Faulty(f"the highest of its colours is {highest} in PPM, which loaders read unlike")
     return image.height, image.width

@@ -54,6 +54,10 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     ):
         for note in opened.notes:
             telemetry.warn(note)
+        for split in _indexed(feed):  # the note names a few
+            for position in split.broken.tolist():
+                reason = split.reason(position)
+                telemetry.event("broken", image=printable(split.path(position)), reason=reason)
         if ranks.first:  # the others' telemetry is silent, and each rank sees its own images
             feed.faults.tell = telemetry.warn
         telemetry.say(_introduction(opened))
@@ -111,13 +115,13 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
     require_served(experiment.backend, ranks)
     ranks.micro_batches(experiment.batch.micro_batches)  # refuses more ranks than there are
     graphs = graphs_to_compile(experiment)
+    run, found, notes = _agreed(ranks, lambda: _found(experiment))
+    if run is None:
+        experiment.data.refuse_idle()
     feed = make_feed(experiment, ranks)
     stages = experiment.recipe.stages()
     per_epoch = [feed.steps_of_epoch(stage.batch) for stage in stages]
     schedule = make_schedule(stages, experiment.optimization, per_epoch)
-    run, found, notes = _agreed(ranks, lambda: _found(experiment))
-    if run is None:
-        experiment.data.refuse_idle()
     restored = None if found is None else found.load()
     if restored is not None and run is not None:
         notes += require_same_as_begun(restored.get("images"), feed.dataset.train.fingerprint, run.path)
@@ -152,9 +156,13 @@ def _broken(feed: Feed, ranks: Ranks, telemetry: Telemetry) -> dict[str, int]:
     if elsewhere:
         more = _count(len(elsewhere), "more image")
         telemetry.warn(f"{more} turned out to be broken on other ranks; log.jsonl names all.")
+    return {"broken": len(met), "broken_known": sum(len(split.broken) for split in _indexed(feed))}
+
+
+def _indexed(feed: Feed) -> list[Index]:
+    """The splits whose images lie in files."""
     dataset = feed.dataset
-    splits = [split for split in (dataset.train, dataset.held_out, dataset.val) if isinstance(split, Index)]
-    return {"broken": len(met), "broken_known": sum(len(split.broken) for split in splits)}
+    return [split for split in (dataset.train, dataset.held_out, dataset.val) if isinstance(split, Index)]
 
 
 def threads_per_rank() -> int:

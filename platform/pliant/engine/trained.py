@@ -125,7 +125,8 @@ class Trained:
 
     def _path(self, point: Point, calibration: Calibration) -> Path:
         augment = "-augmented" if calibration.augment else ""
-        name = f"{point.file_name}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}"
+        images = self.feed.dataset.train.fingerprint.contents  # the dataset may be another than before
+        name = f"{point.file_name}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}-{images:08x}"
         return self.folder.path / "calibration" / f"step-{self.step:08d}" / f"{name}.safetensors"
 
     def _kept(self, point: Point, calibration: Calibration) -> dict[str, LayerStatistics] | None:
@@ -224,6 +225,7 @@ def write_spectrum(
         "generated": trained.feed.dataset.generated,
         "classes": list(trained.feed.dataset.classes) if rows else [],
         "split": split,
+        "fingerprint": dataclasses.asdict(trained.feed.dataset.split(cast(SplitName, split)).fingerprint),
         "calibration": dataclasses.asdict(calibration),
         "lines": [dataclasses.asdict(line) for line in lines],
     }

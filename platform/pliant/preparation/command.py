@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,6 +56,10 @@ class AskImagenet:
     def __post_init__(self) -> None:
         if self.train is None and self.val is None:
             raise UserError("Nothing is to be prepared: write ILSVRC2012_img_train.tar as --train, or --val, or both.")
+        if self.val is None and (self.devkit, self.val_labels) != (None, None):
+            raise UserError("--devkit and --val-labels are of the validation images: write their archive as --val.")
+        if self.form == "folders" and self.shard_images != AskImagenet.shard_images:
+            raise UserError("Folders have no use for --shard-images: leave it out, or write --form shards.")
         if self.val is not None and (self.devkit is None) == (self.val_labels is None):
             raise UserError(
                 "The classes of the validation images stand elsewhere: write ILSVRC2012_devkit_t12.tar.gz as --devkit "
@@ -162,14 +165,17 @@ def data_command(arguments: Sequence[str]) -> None:
 
 def _imagenet(ask: AskImagenet) -> None:
     target = imagenet.Target(root=ask.to, form=ask.form, sharding=Sharding(images=ask.shard_images, seed=ask.seed))
+    for archive in (ask.train, ask.val):
+        if archive is not None:
+            imagenet.require_readable(archive)
+    wnids = {}
+    if ask.devkit is not None:
+        wnids = truth.from_devkit(ask.devkit)
+    elif ask.val_labels is not None:
+        wnids = truth.from_text(ask.val_labels)
     if ask.train is not None:
         _say(imagenet.prepare_train(ask.train, target))
     if ask.val is not None:
-        if ask.devkit is not None:
-            wnids = partial(truth.from_devkit, ask.devkit)
-        else:
-            assert ask.val_labels is not None  # one of the two, says AskImagenet
-            wnids = partial(truth.from_text, ask.val_labels)
         _say(imagenet.prepare_val(ask.val, wnids, target))
 
 
@@ -179,6 +185,7 @@ def _shards(ask: AskShards) -> None:
     there = [split for split in splits if (ask.root / split).is_dir()]
     if "train" not in there:
         raise UserError(f"{ask.root} holds no folder train: write a folder that holds train/CLASS/FILE as --root.")
+    imagenet.require_known_classes(ask.root, there)
     for split in there:
         _say(imagenet.prepare_folder(ask.root / split, split, target))
 
@@ -195,6 +202,7 @@ def _split(ask: AskSplit) -> None:
         check=ask.check,
         broken_share=ask.broken_share,
     )
+    data.refuse_idle()
     held_out, learned = held_out_split.lists(data, ask.seed)
     lines = learned if ask.rest else held_out
     text = b"".join(os.fsencode(line) + b"\n" for line in lines)  # names as they are, UTF-8 or not: programs open them

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
+from pliant.data.index import class_folders
 from pliant.data.sources.folder import read_class_list
 from pliant.errors import UserError
 from pliant.preparation import writers
@@ -52,12 +53,12 @@ def prepare_train(archive: Path, target: Target) -> str:
     return _prepare("train", _source(archive), target, lambda: list_train(archive))
 
 
-def prepare_val(archive: Path, wnids: Callable[[], Mapping[str, str]], target: Target) -> str:
+def prepare_val(archive: Path, wnids: Mapping[str, str], target: Target) -> str:
     """Write the validation images, each below its wnid. Returns what there is to say of it.
 
     Args:
         archive: of the images.
-        wnids: gives the wnid of each image, by file name.
+        wnids: the wnid of each image, by file name.
         target: where to.
 
     Raises:
@@ -65,10 +66,31 @@ def prepare_val(archive: Path, wnids: Callable[[], Mapping[str, str]], target: T
     """
 
     def listed() -> Listing:
-        known = wnids()
-        return list_val(archive, known, _classes(target.root) or tuple(sorted(set(known.values()))))
+        return list_val(archive, wnids, _classes(target.root) or tuple(sorted(set(wnids.values()))))
 
     return _prepare("val", _source(archive), target, listed)
+
+
+def require_readable(archive: Path) -> None:
+    """Refuses an archive that is not there, before hours are spent on another.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    _source(archive)
+
+
+def require_known_classes(root: Path, splits: Sequence[SplitName]) -> None:
+    """Refuses validation images of classes that the training images lack, before a split is written.
+
+    Raises:
+        UserError: there are some.
+    """
+    known = set(class_folders(root / "train"))
+    for split in splits:
+        strangers = sorted(set(class_folders(root / split)) - known)
+        if strangers:
+            raise _stranger(root / split / strangers[0])
 
 
 def prepare_folder(folder: Path, split: SplitName, target: Target) -> str:
@@ -158,10 +180,14 @@ def relabelled(listing: Listing, classes: tuple[str, ...], folder: Path) -> List
     """
     strangers = sorted(set(listing.classes) - set(classes))
     if strangers:
-        raise UserError(f"The class folder {folder / strangers[0]} is not among the training classes: remove it.")
+        raise _stranger(folder / strangers[0])
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[name] for name in listing.classes], np.int32)
     return replace(listing, classes=classes, labels=labels[listing.labels])
+
+
+def _stranger(folder: Path) -> UserError:
+    return UserError(f"The class folder {folder} is not among the training classes: remove it.")
 
 
 @dataclass(frozen=True)
@@ -193,6 +219,8 @@ def _prepare(split: SplitName, source: _Source, target: Target, listed: Callable
     is_recorded = settings.items() <= entry.items()
     place = writers.place(root, split, form)
     if is_recorded and place.exists():
+        if form == "shards":
+            _refuse_lost(root, split, entry["images"], target.sharding)
         _copy_mark(source, root)
         discard(root, split)
         return f"{root}: {split} is complete already, {entry['images']:,} images"
@@ -204,6 +232,21 @@ def _prepare(split: SplitName, source: _Source, target: Target, listed: Callable
         writers.publish(folder / "content", root, split, form)
         discard(root, split)
     return f"{root}: {split} is complete, {entry['images']:,} images of {entry['classes']:,} classes"
+
+
+def _refuse_lost(root: Path, split: SplitName, images: int, sharding: Sharding) -> None:
+    """Refuses to call shards complete some of which are gone.
+
+    Raises:
+        UserError: some are.
+    """
+    for number in range(writers.shards_of(images, sharding)):
+        path = root / f"{split}-{number:06d}.tar"
+        if not path.exists():
+            raise UserError(
+                f"{path} is gone, of the shards that this command wrote: bring it back, or remove the others, and the "
+                "same command writes all of them again."
+            )
 
 
 def _written(

@@ -152,6 +152,14 @@ def load(path: Path, key: str) -> Listing | None:
     return Listing(tuple(text["classes"]), names, labels, places, archives, text["folder"])
 
 
+def _bytes_of(entry: os.DirEntry[str]) -> int:
+    """0 of a file that is not there, as behind a link that leads nowhere: it is found broken when it is read."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0
+
+
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     """Path from the class folder's name on, and size in bytes, of each image file."""
     try:
@@ -162,6 +170,6 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
                 if entry.is_dir():
                     yield from _walk(entry.path, f"{prefix}/{entry.name}")
                 elif is_image(entry.name):
-                    yield f"{prefix}/{entry.name}", entry.stat().st_size
+                    yield f"{prefix}/{entry.name}", _bytes_of(entry)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read ({error.strerror}): mend its permissions.") from None

@@ -82,7 +82,12 @@ def write_shards(
 def dealt(images: int, sharding: Sharding) -> list[NDArray[np.int64]]:
     """Positions of the images of each shard, in their order; sizes differ by one at most."""
     order = philox(sharding.seed, "shards").permutation(images)
-    return np.array_split(order, -(-images // sharding.images))
+    return np.array_split(order, shards_of(images, sharding))
+
+
+def shards_of(images: int, sharding: Sharding) -> int:
+    """How many shards so many images fill."""
+    return -(-images // sharding.images)
 
 
 def shard_keys(listing: Listing) -> list[str]:

@@ -29,6 +29,12 @@ def read_all(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 f"{first} was measured on {images[first]} and {run} on {one}: measure both on the same with pliant "
                 "spectrum, before they are compared."
             )
+        theirs, ours = (found[one].get("fingerprint", {}).get("labels") for one in (run, first))
+        if None not in (theirs, ours) and theirs != ours:
+            raise UserError(
+                f"{first} was measured on other images than {run}, though as many: measure both on the same with "
+                "pliant spectrum, before they are compared."
+            )
     names = [spectrum["name"] for spectrum in found.values()]
     return {
         spectrum["name"] if names.count(spectrum["name"]) == 1 else f"{spectrum['name']} {run.name}": spectrum

@@ -29,7 +29,7 @@ from pliant.errors import printable
 
 _log = logging.getLogger(__name__)
 
-VERSION = 1  # of the table's columns: a file of another one is not looked at
+VERSION = 2  # of the table's columns, and of what counts as broken: a file of another one is not looked at
 _TICK_NS = 50_000_000  # more than a file system's clock may lag behind
 _PATIENCE_S = 5.0  # a wait that is over sooner is not spoken of
 _TRIED = 1 << 20  # bytes written to find out whether a table can be: one has 40 for each image, and the names

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -170,7 +171,12 @@ def _read_shard(path: Path) -> _Shard:
                 raise tarfile.ReadError(f"byte {shard.offset} begins neither a member nor its end")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise _unreadable(path, error) from None
+    if classes:  # of a sample's members the image is the one called KEY and an ending: KEY.mask.png is something else
+        images = [one for one in images if one[0][len(_key(one[0])) :].lower() in SUFFIXES]
     names = [name for name, _, _ in images]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"The shard {path} holds two images named {twice!r}: pack it anew, each image once.")
     return _Shard(
         *joined(names),
         np.array([offset for _, offset, _ in images], np.int64),

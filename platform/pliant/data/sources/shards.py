@@ -6,6 +6,7 @@ ROOT/classes.txt, and numbers them from SPLIT-000000.tar on.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pliant.data.index import Index, scan_shards
@@ -50,7 +51,11 @@ def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = Tr
             f"The shards in {found[0]} hold one class only, {train.classes[0]}: a classifier needs at least two."
         )
     held = find_shards(root, "val")
-    return train, None if held is None else scan_shards(*held, train.classes, strict=strict)
+    val = None if held is None else scan_shards(*held, train.classes, strict=strict)
+    for name, split in (("train", train), ("val", val)):
+        if split is not None:
+            _refuse_lost(root, name, len(split))
+    return train, val
 
 
 def find_shards(root: Path, split: str) -> tuple[Path, str] | None:
@@ -59,6 +64,19 @@ def find_shards(root: Path, split: str) -> tuple[Path, str] | None:
         if any(folder.glob(pattern)):
             return folder, pattern
     return None
+
+
+def _refuse_lost(root: Path, split: str, images: int) -> None:
+    """Refuses fewer or more images than `pliant data` recorded: the last shards may be gone, and leave no gap."""
+    record = root / f"prepared-{split}.json"
+    if not record.is_file() or not (root / f"{split}-000000.tar").is_file():
+        return
+    recorded = json.loads(record.read_text(encoding="utf-8")).get("images", images)
+    if recorded != images:
+        raise UserError(
+            f"The shards of {split} in {root} hold {images} images, and {record.name} says {recorded}: bring all "
+            "of them back, or remove that file if you packed them anew."
+        )
 
 
 def _refuse_unfinished(root: Path, split: str) -> None:
