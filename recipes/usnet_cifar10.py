@@ -13,14 +13,14 @@ from pliant.networks.mobilenet import MobileNet
 EXPERIMENT = Experiment(
     name="usnet_cifar10",
     recipe=USNet(
-        network=MobileNet(version="v2", full=0.75, stem_stride=2, middle_stride=1, late_stride=1),
+        network=MobileNet(version="v2", full=0.84, stem_stride=2, middle_stride=1, late_stride=1),
         low=0.35,
         high=1.0,
         n=4,
     ),
     data=Data(source="cifar10"),
     batch=Batching(images=128, micro=128),
-    optimization=Optimization(lr=0.1, schedule="linear", epochs=10, weight_decay=1e-4, warmup_epochs=0.5),
+    optimization=Optimization(lr=0.1, schedule="linear", epochs=11, weight_decay=1e-4, warmup_epochs=0.5),
     calibration=Calibration(images=2048),
     precision="fp32",
     saving=Saving(every_steps=100),
