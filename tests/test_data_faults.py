@@ -429,20 +429,20 @@ def test_unusual_images_are_no_faults_and_loaders_agree_on_them(tmp_path):
 )
 def test_what_loaders_read_unlike_is_a_fault(tmp_path, name, content, said):
     """DALI and torchvision would serve other pixels of them, without a word."""
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        Image.new("RGB", (4, 6)).save(tmp_path / place / "0.png")
-        file = tmp_path / place / f"1.{name}"
+    for place in (tmp_path / "images" / "a", tmp_path / "images" / "b"):
+        place.mkdir(parents=True)
+        Image.new("RGB", (4, 6)).save(place / "0.png")
+        file = place / f"1.{name}"
         if content is None:
             exif = Image.Exif()
             exif[0x0112] = 3
             Image.new("RGB", (4, 6)).save(file, exif=exif)
         else:
             file.write_bytes(content)
-    index = scan(tmp_path, None)
+    index = scan(tmp_path / "images", None)
     assert index.broken.tolist() == [1, 3]
     assert said in index.reason(1)
-    assert scan(tmp_path, None, strict=False).broken.tolist() == [1, 3]
+    assert scan(tmp_path / "images", None, strict=False).broken.tolist() == [1, 3]
 
 
 def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):

@@ -55,7 +55,7 @@ def test_of_the_members_of_a_sample_one_is_the_image(tmp_path, own_cache):
     samples = [[(f"{key}.png", content), (f"{key}.mask.png", content), (f"{key}.cls", b"1")] for key in ("p", "q")]
     pack(tmp_path / "train-000000.tar", [member for sample in samples for member in sample])
     index = scan_shards(tmp_path, "train-*.tar", None)
-    assert [index.shown(position).rpartition("/")[2] for position in range(len(index))] == ["p.png", "q.png"]
+    assert [index.shown(position).rpartition(":")[2] for position in range(len(index))] == ["p.png", "q.png"]
 
 
 def files(folder: Path) -> list[Path]:

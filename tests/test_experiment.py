@@ -290,7 +290,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Optimization(warmup_epochs=-1), "A warm-up cannot last -1 epochs"),
     (lambda: Optimization(ema=1.0), "between 0 and 1, not 1"),
     (lambda: Optimization(clip=0.0), "above 0"),
-    (lambda: Calibration(images=-1), "on -1 images"),
+    (lambda: Calibration(images=-1), "no variance with --calibration.images -1"),
     (lambda: Calibration(batch=1), "no variance over 1 images"),
     (lambda: Batching(images=4, micro=1), "no variance over a single image"),
     (lambda: Saving(keep=1), "at least two"),

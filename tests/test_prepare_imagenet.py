@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -242,7 +243,8 @@ def killed_at_work(arguments: list[object], root: Path, rng: random.Random) -> i
 @pytest.mark.parametrize("form", ["folders", "shards"])
 def test_a_command_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path, form):
     archive = archives.train_archive(tmp_path / "train.tar", images=600)
-    arguments = ["imagenet", "--train", archive, "--form", form, "--shard-images", 60, "--to"]
+    sharding = ["--shard-images", 60] if form == "shards" else []
+    arguments = ["imagenet", "--train", archive, "--form", form, *sharding, "--to"]
     data(*arguments, tmp_path / "alone")
     kills = killed_at_work([*arguments, tmp_path / "root"], tmp_path / "root", random.Random(0))
     data(*arguments, tmp_path / "root")
@@ -299,7 +301,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     said, complaints = process.communicate()
     assert process.returncode == 75, complaints
     assert "Stopped; " in said
-    assert "Go on with: pliant data imagenet --train" in said
+    assert re.search("^Go on with: .*pliant data imagenet --train", said, re.MULTILINE)
     assert "Traceback" not in complaints
     assert not (tmp_path / "root" / "train").exists()
 
@@ -629,7 +631,9 @@ def test_images_may_have_names_that_are_not_utf_8_and_classes_may_not(image_fold
     command = ["shards", "--root", image_folder, "--to", tmp_path / "shards"]
     data(*command)
     assert Counter(in_shards(tmp_path / "shards", "train")[0]) == Counter(files(image_folder / "train").values())
-    folder.rename(folder.with_name(os.fsdecode(b"d\xf6g")))
+    for split in ("train", "val"):
+        dog = image_folder / split / "dog"
+        dog.rename(dog.with_name(os.fsdecode(b"d\xf6g")))
     said = refusal(capsys, *command[:3], "--to", tmp_path / "other")
     assert "The name b'd\\xf6g' of a class" in said
     assert not (tmp_path / "other").exists()

@@ -125,7 +125,7 @@ def test_tensorboard_has_the_spectrum(run):
         (["--at", "1:0.1:0.5"], "is no range of widths"),
         (["--at", "0.5/1"], "24 groups of layers, not 2"),
         (["--at", "2"], "A width lies above 0 and is at most 1, not 2"),
-        (["--images", "-5"], "cannot be calibrated on -5 images"),
+        (["--images", "-5"], "no variance with --calibration.images -5"),
         (["--split", "held_out"], "No training images are held out: write for instance --data.held-out 1000."),
         (["--checkpoint", "best"], "no checkpoint with a score on a held-out split"),
         (["--root", "/nowhere"], "CIFAR-10 is not in /nowhere"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from pliant import record
 from pliant.aside import written_aside
 from pliant.engine.trained import Trained
 from pliant.errors import UserError, optional_import
@@ -46,10 +46,12 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     written = []
     if "safetensors" in formats:
         path = folder / "model.safetensors"
-        recipe = json.dumps(dataclasses.asdict(trained.recipe), default=str)
+        network = json.loads(record.dump(trained.experiment))["recipe"].get("network", {})
         weights = {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}
         with written_aside(path) as beside:
-            beside.write_bytes(save(weights, {"format": "pt", "recipe": recipe}))  # a full disk is an OSError so
+            beside.write_bytes(
+                save(weights, {"format": "pt", "network": json.dumps(network)})
+            )  # a full disk is an OSError so
         written.append(path)
     program = None
     if "torch" in formats or "onnx" in formats:

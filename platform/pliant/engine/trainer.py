@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from pliant.errors import Interrupted, UserError
 from pliant.experiment import Experiment
 from pliant.randomness import Draw
 from pliant.recipe import Recipe
+
+T = TypeVar("T")
 
 _MOST_SKIPPED = 20  # steps in a row with a gradient that is not finite, before the run gives up
 _REHEARSED = 3  # steps in which ranks are compared before ZeRO 3 takes their word for the rest
@@ -280,7 +282,7 @@ class Trainer:
             self.telemetry.measurements(split, self.state.step, lines)
         self.state.evaluated = self.state.step
 
-    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _watched(self, batches: Iterator[T]) -> Iterator[T]:
         for batch in batches:
             self.watchdog.alive()
             yield batch

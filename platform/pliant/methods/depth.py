@@ -65,11 +65,11 @@ def load_backbone(backbone: ResidualNet, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             found = {name.replace("linear.", "fc."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no dictionary
-            exported = json.loads((file.metadata() or {}).get("recipe", "{}"))
+            exported = json.loads((file.metadata() or {}).get("network", "{}"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"No weights can be read from {path} ({error}): write another --recipe.pretrained.") from None
     # Two kinds of shortcut have no weights: names and shapes would not tell them apart.
-    shortcut = exported.get("network", {}).get("shortcut", backbone.spec.shortcut)
+    shortcut = exported.get("shortcut", backbone.spec.shortcut)
     if shortcut != backbone.spec.shortcut:
         raise UserError(
             f"{path} was trained with another shortcut: write --recipe.network.shortcut {shortcut}, not "

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from pliant.aside import written_aside
 from pliant.cores import usable_cores
 from pliant.errors import Interrupted, UserError, printable
 from pliant.experiment import Data
-from pliant.preparation import imagenet, small, truth
+from pliant.preparation import imagenet, small, staging, truth
 from pliant.preparation import split as held_out_split
 from pliant.preparation import verify as verification
 from pliant.preparation.progress import note
@@ -168,15 +169,20 @@ def _imagenet(ask: AskImagenet) -> None:
     for archive in (ask.train, ask.val):
         if archive is not None:
             imagenet.require_readable(archive)
-    wnids = {}
-    if ask.devkit is not None:
-        wnids = truth.from_devkit(ask.devkit)
-    elif ask.val_labels is not None:
-        wnids = truth.from_text(ask.val_labels)
+    wnids = cache(partial(_wnids, ask))
+    if ask.val is not None and not staging.recorded(ask.to, "val"):
+        wnids()  # refused now, if it must be, and not when the training images are written
     if ask.train is not None:
         _say(imagenet.prepare_train(ask.train, target))
     if ask.val is not None:
         _say(imagenet.prepare_val(ask.val, wnids, target))
+
+
+def _wnids(ask: AskImagenet) -> dict[str, str]:
+    if ask.devkit is not None:
+        return truth.from_devkit(ask.devkit)
+    assert ask.val_labels is not None  # one of the two, says AskImagenet
+    return truth.from_text(ask.val_labels)
 
 
 def _shards(ask: AskShards) -> None:

@@ -53,12 +53,12 @@ def prepare_train(archive: Path, target: Target) -> str:
     return _prepare("train", _source(archive), target, lambda: list_train(archive))
 
 
-def prepare_val(archive: Path, wnids: Mapping[str, str], target: Target) -> str:
+def prepare_val(archive: Path, wnids: Callable[[], Mapping[str, str]], target: Target) -> str:
     """Write the validation images, each below its wnid. Returns what there is to say of it.
 
     Args:
         archive: of the images.
-        wnids: the wnid of each image, by file name.
+        wnids: gives the wnid of each image, by file name.
         target: where to.
 
     Raises:
@@ -66,7 +66,8 @@ def prepare_val(archive: Path, wnids: Mapping[str, str], target: Target) -> str:
     """
 
     def listed() -> Listing:
-        return list_val(archive, wnids, _classes(target.root) or tuple(sorted(set(wnids.values()))))
+        known = wnids()
+        return list_val(archive, known, _classes(target.root) or tuple(sorted(set(known.values()))))
 
     return _prepare("val", _source(archive), target, listed)
 

@@ -52,9 +52,9 @@ def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = Tr
         )
     held = find_shards(root, "val")
     val = None if held is None else scan_shards(*held, train.classes, strict=strict)
-    for name, split in (("train", train), ("val", val)):
-        if split is not None:
-            _refuse_lost(root, name, len(split))
+    for name, index in (("train", train), ("val", val)):
+        if index is not None:
+            _refuse_lost(root, name, len(index))
     return train, val
 
 

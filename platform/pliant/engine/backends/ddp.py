@@ -58,7 +58,7 @@ class DataParallel(Single):
         learning = self._learning().values()
         nothing = torch.stack([parameter.float().sum() for parameter in learning]).sum() * 0.0
         self._ddp(iter([Pass("nothing", nothing)]))
-        nothing.backward()  # type: ignore[no-untyped-call]
+        nothing.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
