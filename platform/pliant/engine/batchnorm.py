@@ -103,7 +103,7 @@ def unflatten_(tensors: Sequence[Tensor], row: Tensor) -> None:
     """Writes a row made by `flat` back, in place."""
     if tensors:
         parts = row.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(one) for part, one in zip(parts, tensors, strict=True)])
+        torch._foreach_copy_(list(tensors), [part.view_as(one) for part, one in zip(parts, tensors, strict=True)])
 
 
 def mean_over_ranks(rows: Tensor, micro_batches: int) -> Tensor:

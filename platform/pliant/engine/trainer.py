@@ -179,6 +179,7 @@ class Trainer:
                 self.ranks.wait_at_most(config.timeout_minutes)
             self.watchdog.alive()  # not before the first step is done, which may take long
             meter.resume()
+        self._heed(self.beats.last())
 
     def _step(self, stage: int, step: int, batches: Iterator[Batch], meter: Meter, lr: float) -> tuple[Losses, Update]:
         config, progress, draws = self.experiment, self.schedule.progress(stage, step), self._draws(stage, step)
