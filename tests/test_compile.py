@@ -32,8 +32,8 @@ def test_each_width_of_an_s_net_is_compiled_once() -> None:
     torch._dynamo.reset()
     recipe = SNet(network=SMALL, widths=(1.0, 0.5, 0.35))
     torch.manual_seed(0)
-    net = recipe.build(3)
-    images = torch.randn(4, 3, 32, 32)
+    net = recipe.build(3).double()
+    images = torch.randn(4, 3, 32, 32).double()
     wanted = [logits.detach() for logits in net.at_each(images, recipe.widths)]
     counter = CompileCounter()
     compile_net(net, 3, backend=counter)
@@ -42,7 +42,7 @@ def test_each_width_of_an_s_net_is_compiled_once() -> None:
     assert counter.frame_count == 3
     for mine, theirs in zip(got, wanted, strict=True):
         # Not to the last bit: the eager widths slice one stem, the compiled ones each compute their own.
-        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=0.0)
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0.0)
 
 
 def test_more_widths_than_declared_are_an_error_and_no_silent_fall_back() -> None:
