@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pliant.data import Batch
 from pliant.data.index import Pixels
+from pliant.engine.agreement import Beats
 from pliant.engine.backends import wrap
 from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption
@@ -139,11 +140,11 @@ def engine_side(
         interruption=Interruption(),
         saver=Saver(folder / "checkpoints", ranks, experiment.saving, telemetry.warn),
         watchdog=Watchdog(None, 0.0),
-        micro_batches=[ranks.rank],
         ema=None,
     )
     set_learning(net, schedule.stages[0])
     trainer.backend = wrap(net, ranks, "auto", config, trainer.precision)
+    trainer.beats = Beats(ranks)
     endless = itertools.cycle(batches)
 
     def run(steps: int) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pliant.data import Batch, Feed, open_dataset, thumbnails
+from pliant.data.decoding import check
 from pliant.data.faults import FEW
 from pliant.data.index import Index, scan
 from pliant.data.loaders import Request
@@ -443,6 +444,10 @@ def test_what_loaders_read_unlike_is_a_fault(tmp_path, name, content, said):
     assert index.broken.tolist() == [1, 3]
     assert said in index.reason(1)
     assert scan(tmp_path / "images", None, strict=False).broken.tolist() == [1, 3]
+
+
+def test_plain_bitmaps_have_no_highest_colour():
+    assert check(b"P1\n2 2\n1 0 0 1\n") == (2, 2)
 
 
 def test_the_truncated_photograph_is_a_fault(shared_data, tmp_path):

@@ -88,8 +88,10 @@ def test_layer_that_is_not_finite_first_is_named() -> None:
     assert str(finding).startswith("the gradient at the output of 2 was the first")
 
 
-def test_run_whose_loss_is_not_finite_ends_with_the_layer(data: Path, tmp_path: Path) -> None:
-    given = arguments(data, tmp_path, optimization__steps=60, optimization__lr=1e18)
+@pytest.mark.parametrize("save", [100, 5])
+def test_run_whose_loss_is_not_finite_ends_with_the_layer(data: Path, tmp_path: Path, save: int) -> None:
+    """However often it saves: what a step came to is read then, and not once more."""
+    given = arguments(data, tmp_path, optimization__steps=60, optimization__lr=1e18, saving__every_steps=save)
     done = finish(command(*given))
     assert done.returncode == EXIT_USER_ERROR
     assert "not finite in 20 steps in a row" in done.stderr

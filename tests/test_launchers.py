@@ -95,16 +95,17 @@ TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
         (
             ["a.py"],
             {"ACCELERATE_MIXED_PRECISION": "bf16"},
-            f"accelerate launch --mixed_precision bf16 a.py --resume {RUN}",
+            f"accelerate launch --num_processes 1 --mixed_precision bf16 a.py --resume {RUN}",
         ),
         (
             ["a.py"],
-            {
+            TWO
+            | {
                 "ACCELERATE_MIXED_PRECISION": "no",
                 "ACCELERATE_USE_DEEPSPEED": "true",
                 "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
             },
-            f"accelerate launch --use_deepspeed --zero_stage 3 a.py --resume {RUN}",
+            f"accelerate launch --num_processes 2 --use_deepspeed --zero_stage 3 a.py --resume {RUN}",
         ),
         (["a.py"], TWO | {"WORLD_SIZE": "16"}, f"the launch that it came from, and --resume {RUN}"),
         (["a.py"], {"WORLD_SIZE": "2", "SLURM_PROCID": "0"}, f"the launch that it came from, and --resume {RUN}"),
@@ -127,6 +128,7 @@ def test_programs_are_called_by_their_path_where_the_shell_would_find_another(
     monkeypatch.chdir(place.parent)
     assert again(["a.py"], RUN, {}) == f"{place.name}/python a.py --resume {RUN}"
     assert again(["/x/pliant", "spectrum", "RUN"], None, {}) == f"{place.name}/pliant spectrum RUN"
+    assert again(["recipes/a.py", "--seed", "1"], None, {}) == f"{place.name}/python recipes/a.py --seed 1"
 
 
 def test_clipping_is_always_written_out(tmp_path: Path) -> None:

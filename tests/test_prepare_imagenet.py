@@ -625,6 +625,13 @@ def test_a_validation_class_without_training_images_is_refused(image_folder, tmp
     assert not (tmp_path / "shards").exists(), "before the training images are written"
 
 
+def test_a_link_that_leads_nowhere_is_refused_before_anything_is_written(image_folder, tmp_path, capsys):
+    (image_folder / "train" / "cat" / "9.png").symlink_to(image_folder / "absent.png")
+    said = refusal(capsys, "shards", "--root", image_folder, "--to", tmp_path / "shards")
+    assert "cat/9.png leads nowhere" in said
+    assert not list((tmp_path / "shards").glob("**/*.tar"))
+
+
 def test_images_may_have_names_that_are_not_utf_8_and_classes_may_not(image_folder, tmp_path, capsys):
     folder = image_folder / "train" / "dog"
     (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))

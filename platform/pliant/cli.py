@@ -39,7 +39,8 @@ _COMMANDS = {
 }
 
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,7 +105,10 @@ def _train(experiment: Experiment, recipe_file: Path, arguments: Sequence[str] |
     with joined(asked.ranks) as ranks:
         run = train(asked, ranks, recipe_file).path
         if show:
-            spectrum(AskSpectrum(run=run), ranks)
+            try:
+                spectrum(AskSpectrum(run=run), ranks)
+            except Interrupted as stop:
+                raise Interrupted(str(stop), command=("pliant", "spectrum", str(run))) from None
         elif ranks.first:
             from pliant.engine.launch import program
 
@@ -223,22 +227,21 @@ def _guard(action: Callable[[], None]) -> None:
         with _heard():
             action()
     except (UserError, RanksLost) as error:
-        prefix = "" if _rank() == "0" else f"rank {_rank()}: "
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        print(f"{_prefix()}error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANKS_LOST)
     except Interrupted as stop:
         if _rank() == "0":
             from pliant.engine.launch import again
 
-            print(f"{stop}\nGo on with: {again(sys.argv, stop.run)}", flush=True)
+            print(f"{stop}\nGo on with: {again(stop.command or sys.argv, stop.run)}", flush=True)
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in (*_FULL, *_FORBIDDEN):
             raise
         place = error.filename or "A file"
+        what, mend = ("written", "make room there") if error.errno in _FULL else ("used", "mend its permissions")
         print(
-            f"error: {place} cannot be written ({error.strerror}): make room there or leave to write, and ask again; "
-            "what was written before stands.",
+            f"{_prefix()}error: {place} cannot be {what} ({error.strerror}): {mend}; what was written before stands.",
             file=sys.stderr,
         )
         sys.exit(EXIT_USER_ERROR)
@@ -259,6 +262,10 @@ def _heard() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def _prefix() -> str:
+    return "" if _rank() == "0" else f"rank {_rank()}: "
 
 
 def _rank() -> str:

@@ -5,6 +5,7 @@ Interrupted       75   stopped by a signal after a checkpoint: the same command 
 RanksLost         76   another rank does not answer: killed, or hanging; the newest checkpoint stands
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,10 +22,15 @@ class UserError(Exception):
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and did
     """The command stopped on a signal. Its text says what stands."""
 
-    def __init__(self, said: str, run: Path | None = None) -> None:
-        """`run`: the folder of a training that --resume goes on with."""
+    def __init__(self, said: str, *, run: Path | None = None, command: Sequence[str] = ()) -> None:
+        """What goes on with it.
+
+        Args:
+            run: the folder of a training, for --resume.
+            command: in the place of the process's own, if another one does.
+        """
         super().__init__(said)
-        self.run = run
+        self.run, self.command = run, tuple(command)
 
 
 class RanksLost(Exception):  # noqa: N818 - it is what happened

@@ -112,8 +112,8 @@ def _accepted(image: Image.Image) -> tuple[int, int]:
     turned = image.tag_v2.get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
     if turned != 1:
         raise Faulty(f"it is a TIFF of orientation {turned}, which loaders read unlike")
-    if isinstance(image, PpmImageFile) and image.tile and image.tile[0].codec_name.startswith("ppm"):
-        highest = image.tile[0].args[1]  # type: ignore[index]
+    if isinstance(image, PpmImageFile) and image.tile and isinstance(image.tile[0].args, tuple):
+        highest = image.tile[0].args[1]  # plain bitmaps have none
         if highest not in (255, 65535):
             raise Faulty(f"the highest of its colours is {highest} in PPM, which loaders read unlike")
     return image.height, image.width

@@ -20,8 +20,8 @@ Item = TypeVar("Item")
 class Beat:
     """The flags of one step, the same on every rank."""
 
-    nonfinite: bool = False
-    """The gradient was not finite, and the step was left out."""
+    nonfinite: bool | None = None
+    """The gradient was not finite, and the step was left out; None where no step's flags were left to read."""
     stop: bool = False
     """Some rank was asked to stop."""
     save: bool = False

@@ -104,7 +104,8 @@ def again(arguments: Sequence[str], run: Path | None = None, environment: Mappin
     env = os.environ if environment is None else environment
     script = ["pliant"] if Path(arguments[0]).name == "pliant" else [arguments[0]]
     if run is None:
-        return shlex.join([*map(program, script), *arguments[1:]])
+        words = [program("pliant")] if script == ["pliant"] else [program("python"), *script]
+        return shlex.join([*words, *arguments[1:]])
     kept = [text for text in arguments[1:] if not text.startswith("--resume=")]
     if "--resume" in kept:
         place = kept.index("--resume")
@@ -135,10 +136,12 @@ def _launcher(env: Mapping[str, str]) -> list[str] | None:
     if env.get("LOCAL_WORLD_SIZE", ranks) != ranks:
         return None
     if "ACCELERATE_MIXED_PRECISION" in env:
-        words = [program("accelerate"), "launch", *(["--multi_gpu", "--num_processes", ranks] if ranks != "1" else [])]
+        deepspeed = _deepspeed(env)
+        several = ["--multi_gpu"] if ranks != "1" and not deepspeed else []  # accelerate takes one of the two
+        words = [program("accelerate"), "launch", *several, "--num_processes", ranks]
         if env["ACCELERATE_MIXED_PRECISION"] not in ("no", ""):
             words += ["--mixed_precision", env["ACCELERATE_MIXED_PRECISION"]]
-        return [*words, *_deepspeed(env)]
+        return [*words, *deepspeed]
     if ranks == "1":
         return []
     return [program("torchrun"), "--nproc_per_node", ranks] if "TORCHELASTIC_RUN_ID" in env else None

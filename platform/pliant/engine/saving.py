@@ -56,7 +56,6 @@ class Saver:
         self._folder, self._ranks, self._config, self._warn = folder, ranks, config, warn
         self._copy = Copy()
         self._writer = ThreadPoolExecutor(1, "pliant-checkpoint")
-        self._thread: int | None = None
         self._pending: Future[Path] | None = None
         self._saved_at = time.monotonic()
 
@@ -96,8 +95,10 @@ class Saver:
         if self._ranks.first:
             self.settle()
             copied = self._copy.take(state)
-            self._pending = self._writer.submit(self._write, step, copied, score)
-            problem = self._finished() if must else None
+            if must:
+                problem = self._problem(lambda: self._write(step, copied, score))
+            else:
+                self._pending = self._writer.submit(self._write_idly, step, copied, score)
         if not must:
             return
         problem = self._ranks.from_first(problem)
@@ -105,20 +106,21 @@ class Saver:
             raise UserError(f"No {problem}. Make room, then write --resume {self._folder.parent}.")
 
     def _write(self, step: int, copied: dict[str, Any], score: float | None) -> Path:
-        """In the writing thread: it takes the time that training leaves, until somebody waits for it."""
-        self._thread = threading.get_native_id()
-        _schedule(self._thread, idle=True)
         return checkpoint.save(self._folder, step, copied, score=score, keep=self._config.keep)
+
+    def _write_idly(self, step: int, copied: dict[str, Any], score: float | None) -> Path:
+        """In the writing thread: it takes the time that training leaves, and has until the next checkpoint."""
+        _yield_to_training()
+        return self._write(step, copied, score)
 
     def _finished(self) -> str | None:
         """Waits for the write under way; what went wrong with it."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return None
-        if self._thread is not None:
-            _schedule(self._thread, idle=False)
+        return None if pending is None else self._problem(pending.result)
+
+    def _problem(self, written: Callable[[], Path]) -> str | None:
         try:
-            pending.result()
+            written()
         except OSError as error:
             return f"checkpoint could be written to {self._folder} ({error.strerror}); earlier ones stand"
         return None
@@ -128,7 +130,7 @@ class Saver:
             self._warn(f"no {problem}, and the run goes on.")
 
 
-def _schedule(thread: int, *, idle: bool) -> None:
-    """Linux has a policy per thread; niceness 19 took half as much more. Where it may not be changed it stays."""
+def _yield_to_training() -> None:
+    """Linux has a policy per thread; niceness 19 took half as much more."""
     with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(thread, os.SCHED_IDLE if idle else os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

@@ -222,6 +222,8 @@ class Trainer:
 
     def _heed(self, beat: Beat) -> Beat:
         """Counts skipped steps, and gives up after too many in a row."""
+        if beat.nonfinite is None:
+            return beat
         self.state.skipped += beat.nonfinite
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if beat.nonfinite else 0
         if self.state.skipped_in_a_row >= _MOST_SKIPPED:
@@ -256,7 +258,7 @@ class Trainer:
         if stopping:
             raise Interrupted(
                 f"Stopped after step {step} of {self.schedule.total}, with a checkpoint in {self.folder.path}.",
-                self.folder.path,
+                run=self.folder.path,
             )
 
     def _validate(self) -> None:

@@ -66,7 +66,7 @@ def load_backbone(backbone: ResidualNet, path: Path) -> None:
         with safe_open(path, "pt") as file:
             found = {name.replace("linear.", "fc."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no dictionary
             exported = json.loads((file.metadata() or {}).get("network", "{}"))
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"No weights can be read from {path} ({error}): write another --recipe.pretrained.") from None
     # Two kinds of shortcut have no weights: names and shapes would not tell them apart.
     shortcut = exported.get("shortcut", backbone.spec.shortcut)

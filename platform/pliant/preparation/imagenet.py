@@ -103,6 +103,9 @@ def prepare_folder(folder: Path, split: SplitName, target: Target) -> str:
 
     def listed() -> Listing:
         listing = of_folder(folder)
+        gone = np.flatnonzero(listing.sizes < 0)
+        if len(gone):
+            raise UserError(f"The image {folder / listing.name(int(gone[0]))} leads nowhere: mend or remove the link.")
         return relabelled(listing, _classes(target.root) or listing.classes, folder)
 
     path = str(folder.resolve())

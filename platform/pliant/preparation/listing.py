@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pliant.aside import written_aside
-from pliant.data.index import SUFFIXES, class_folders
+from pliant.data.index import SUFFIXES, class_folders, is_beside
 from pliant.errors import UserError
 from pliant.preparation.span import Span
 from pliant.preparation.tars import members
@@ -94,7 +94,8 @@ def build(
 
 
 def of_folder(folder: Path) -> Listing:
-    """The image files folder/CLASS/FILE, sorted by name; deeper folders belong to their class.
+    """The image files folder/CLASS/FILE, sorted by name; deeper folders belong to their class. A link that leads
+    nowhere has the size -1.
 
     Raises:
         UserError: there are none, or the folder cannot be read.
@@ -118,8 +119,10 @@ def of_shards(paths: Sequence[Path]) -> Listing:
 
     def entries() -> Iterator[Entry]:
         for number, path in enumerate(paths):
-            for member in members(path):
-                if is_image(member.name):
+            found = list(members(path))
+            sampled = any(member.name.endswith(".cls") for member in found)
+            for member in found:
+                if is_image(member.name) and not (sampled and is_beside(member.name)):
                     yield Entry(f"{path.name}/{member.name}", 0, number, member.offset_data, member.size)
 
     return build(("",), paths, entries())
@@ -153,11 +156,11 @@ def load(path: Path, key: str) -> Listing | None:
 
 
 def _bytes_of(entry: os.DirEntry[str]) -> int:
-    """0 of a file that is not there, as behind a link that leads nowhere: it is found broken when it is read."""
+    """-1 of a file that is not there, as behind a link that leads nowhere."""
     try:
         return entry.stat().st_size
     except OSError:
-        return 0
+        return -1
 
 
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:

@@ -12,7 +12,7 @@ split      what the rest of the program asks
 """
 
 from pliant.data.index.folders import SUFFIXES, class_folders, scan
-from pliant.data.index.shards import scan_shards
+from pliant.data.index.shards import is_beside, scan_shards
 from pliant.data.index.split import Fingerprint, Index, Pixels, Split
 
-__all__ = ["SUFFIXES", "Fingerprint", "Index", "Pixels", "Split", "class_folders", "scan", "scan_shards"]
+__all__ = ["SUFFIXES", "Fingerprint", "Index", "Pixels", "Split", "class_folders", "is_beside", "scan", "scan_shards"]

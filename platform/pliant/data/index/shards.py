@@ -171,8 +171,8 @@ def _read_shard(path: Path) -> _Shard:
                 raise tarfile.ReadError(f"byte {shard.offset} begins neither a member nor its end")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise _unreadable(path, error) from None
-    if classes:  # of a sample's members the image is the one called KEY and an ending: KEY.mask.png is something else
-        images = [one for one in images if one[0][len(_key(one[0])) :].lower() in SUFFIXES]
+    if classes:
+        images = [one for one in images if not is_beside(one[0])]
     names = [name for name, _, _ in images]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
@@ -198,6 +198,12 @@ def _checked_name(path: Path, member: tarfile.TarInfo) -> str:
     else:
         return name
     raise UserError(f"The shard {path} holds {member.name!r}, {fault}: pack it anew from plain files with plain names.")
+
+
+def is_beside(name: str) -> bool:
+    """Whether a member of a sample, with the ending of an image, is not its image: that is KEY and the ending alone,
+    and KEY.mask.png is something else."""
+    return name[len(_key(name)) :].lower() not in SUFFIXES
 
 
 def _key(name: str) -> str:
