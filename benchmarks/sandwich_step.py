@@ -55,6 +55,7 @@ class FixedDraw:
 class Images:
     images: torch.Tensor
     labels: torch.Tensor
+    targets: torch.Tensor
 
 
 def sandwich(batch: Images) -> Callable[[], None]:
@@ -97,7 +98,8 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     images = torch.randn(settings.batch, 3, settings.size, settings.size).to(memory_format=torch.channels_last)
-    batch = Images(images, torch.randint(1000, (settings.batch,)))
+    labels = torch.randint(1000, (settings.batch,))
+    batch = Images(images, labels, labels)
     ours, plain = sandwich(batch), separate(batch)
     for step in (ours, plain) * 2:
         step()
