@@ -123,6 +123,7 @@ def test_programs_are_called_by_their_path_where_the_shell_would_find_another(
 ) -> None:
     """`make train` runs .venv/bin/python in a shell that knows nothing of it."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     place = Path(sys.executable).parent
     assert again(["a.py"], RUN, {}) == f"{place / 'python'} a.py --resume {RUN}"
     monkeypatch.chdir(place.parent)

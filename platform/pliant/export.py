@@ -49,9 +49,8 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         network = json.loads(record.dump(trained.experiment))["recipe"].get("network", {})
         weights = {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}
         with written_aside(path) as beside:
-            beside.write_bytes(
-                save(weights, {"format": "pt", "network": json.dumps(network)})
-            )  # a full disk is an OSError so
+            # Bytes, so that a full disk is an OSError.
+            beside.write_bytes(save(weights, {"format": "pt", "network": json.dumps(network)}))
         written.append(path)
     program = None
     if "torch" in formats or "onnx" in formats:
@@ -67,22 +66,26 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     if "onnx" in formats:
         path = folder / "model.onnx"
         assert program is not None
-        with written_aside(path) as beside:
-            torch.onnx.export(
-                program,
-                (images,),
-                beside,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                input_names=["images"],
-                output_names=["logits"],
-            )
+        _write_onnx(program, images, path)
         written.append(path)
     path = folder / "model.json"
     with written_aside(path) as beside:
         beside.write_text(json.dumps(_description(trained, point, size), indent=2) + "\n")
     return [*written, path]
+
+
+def _write_onnx(program: torch.export.ExportedProgram, images: torch.Tensor, path: Path) -> None:
+    with written_aside(path) as beside:
+        torch.onnx.export(
+            program,
+            (images,),
+            beside,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+        )
 
 
 def _description(trained: Trained, point: Point, size: int) -> dict[str, object]:

@@ -177,15 +177,15 @@ def _of_step(folder: Path, step: str) -> Checkpoint:
 
 
 def _thin(folder: Path, keep: int, written: Path) -> None:
-    later = [path for path in folders(folder) if path > written]
-    paths = [path for path in folders(folder) if path <= written]
+    there = folders(folder)
+    paths = [path for path in there if path <= written]
     kept = set(paths[-keep:])
     scores = {path: score for path in paths if (score := _score(path)) is not None}
     for path in sorted(scores, key=lambda path: (-scores[path], path)):
         if path in kept or isinstance(verify(path), Checkpoint):  # a damaged one is not worth a whole one's place
             kept.add(path)
             break
-    for path in (*later, *paths):
+    for path in there:
         if path not in kept:
             shutil.rmtree(_aside(path), ignore_errors=True)
 

@@ -34,7 +34,7 @@ def honoured(experiment: Experiment, environment: Mapping[str, str] | None = Non
 
 def _refuse_unserved(experiment: Experiment, env: Mapping[str, str]) -> None:
     """What `accelerate config` may hold that would be dropped without a word."""
-    if env.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    if _is_on(env, "ACCELERATE_USE_FSDP"):
         raise UserError("FSDP is not offered: launch without it, and write --backend zero3 for shared-out weights.")
     clip = env.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower()
     if clip not in ("none", "", "0", "0.0", "auto") and (experiment.optimization.clip or 0.0) != float(clip):
@@ -69,10 +69,10 @@ def _with_precision(experiment: Experiment, env: Mapping[str, str]) -> Experimen
 
 
 def _with_backend(experiment: Experiment, env: Mapping[str, str]) -> Experiment:
-    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+    if not _is_on(env, "ACCELERATE_USE_DEEPSPEED"):
         return experiment
-    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    config = experiment.deepspeed_config or (Path(file) if file and file != "none" else None)
+    file = _deepspeed_file(env)
+    config = experiment.deepspeed_config or (Path(file) if file else None)
     stage = _stage(config, env)
     if experiment.backend not in ("auto", f"zero{stage}"):
         raise UserError(
@@ -91,6 +91,16 @@ def _stage(config: Path | None, env: Mapping[str, str]) -> int:
     if str(stage) not in ("0", "1", "2", "3"):
         raise UserError(f"There is no ZeRO {stage}: write a stage from 0 to 3 ({config or 'accelerate config'}).")
     return int(str(stage))
+
+
+def _is_on(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "false").lower() in ("true", "1")
+
+
+def _deepspeed_file(env: Mapping[str, str]) -> str:
+    """The configuration file that accelerate names; empty if none."""
+    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    return "" if file == "none" else file
 
 
 def again(arguments: Sequence[str], run: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
@@ -148,9 +158,9 @@ def _launcher(env: Mapping[str, str]) -> list[str] | None:
 
 
 def _deepspeed(env: Mapping[str, str]) -> list[str]:
-    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+    if not _is_on(env, "ACCELERATE_USE_DEEPSPEED"):
         return []
-    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file not in ("", "none"):
+    file = _deepspeed_file(env)
+    if file:
         return ["--use_deepspeed", "--deepspeed_config_file", file]
     return ["--use_deepspeed", "--zero_stage", env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")]

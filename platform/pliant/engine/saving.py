@@ -55,7 +55,7 @@ class Saver:
     def __init__(self, folder: Path, ranks: Ranks, config: Saving, warn: Callable[[str], None]) -> None:
         self._folder, self._ranks, self._config, self._warn = folder, ranks, config, warn
         self._copy = Copy()
-        self._writer = ThreadPoolExecutor(1, "pliant-checkpoint")
+        self._writer = ThreadPoolExecutor(1, "pliant-checkpoint", initializer=_yield_to_training)
         self._pending: Future[Path] | None = None
         self._saved_at = time.monotonic()
 
@@ -98,7 +98,7 @@ class Saver:
             if must:
                 problem = self._problem(lambda: self._write(step, copied, score))
             else:
-                self._pending = self._writer.submit(self._write_idly, step, copied, score)
+                self._pending = self._writer.submit(self._write, step, copied, score)
         if not must:
             return
         problem = self._ranks.from_first(problem)
@@ -107,11 +107,6 @@ class Saver:
 
     def _write(self, step: int, copied: dict[str, Any], score: float | None) -> Path:
         return checkpoint.save(self._folder, step, copied, score=score, keep=self._config.keep)
-
-    def _write_idly(self, step: int, copied: dict[str, Any], score: float | None) -> Path:
-        """In the writing thread: it takes the time that training leaves, and has until the next checkpoint."""
-        _yield_to_training()
-        return self._write(step, copied, score)
 
     def _finished(self) -> str | None:
         """Waits for the write under way; what went wrong with it."""
@@ -131,6 +126,7 @@ class Saver:
 
 
 def _yield_to_training() -> None:
-    """Linux has a policy per thread; niceness 19 took half as much more."""
+    """The writing thread takes the time that training leaves: it has until the next checkpoint. Linux has a policy per
+    thread; niceness 19 took half as much more."""
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

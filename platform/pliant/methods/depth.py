@@ -134,13 +134,17 @@ class GatedRecipe(ResidualRecipe):
         """How training carries decisions out."""
         return runner("masked", self.closed)
 
+    def executed(self) -> Run:
+        """How a trained network carries them out."""
+        return runner(self.execution, self.closed)
+
     def points(self) -> tuple[Point, ...]:
         return (Native(),)
 
     def predict(self, net: nn.Module, images: Tensor, point: Point) -> Outcome:
         gated = cast(GatedNet, net)
         scale = point.wanted if isinstance(point, Scale) else None
-        walk: Walk = gated(images, threshold, runner(self.execution, self.closed), scale)
+        walk: Walk = gated(images, threshold, self.executed(), scale)
         return self.outcome(gated, images, walk)
 
     def outcome(self, net: GatedNet, images: Tensor, walk: Walk) -> Outcome:

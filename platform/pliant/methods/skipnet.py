@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from pliant.errors import UserError
 from pliant.methods.depth import GatingRecipe
 from pliant.methods.reinforce import log_probability, policy_loss, returns_to_go, sample
-from pliant.networks.execution import runner
 from pliant.networks.gated import GatedNet, Walk
 from pliant.networks.gates import GateKind, make_gates
 from pliant.networks.resnet import cost
@@ -144,7 +143,7 @@ class SkipNet(GatingRecipe):
         if self.learning != "sdv":
             return super().predict(net, images, point)
         gated, act = cast(GatedNet, net), self._dropped(content_generator(images))
-        return self.outcome(gated, images, gated(images, act, runner(self.execution, self.closed)))
+        return self.outcome(gated, images, gated(images, act, self.executed()))
 
 
 def straight_through(number: int, logits: Tensor) -> Tensor:

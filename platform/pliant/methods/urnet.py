@@ -19,7 +19,7 @@ from pliant.errors import UserError
 from pliant.methods.depth import GatingRecipe
 from pliant.methods.reinforce import sample
 from pliant.methods.skipnet import content_generator
-from pliant.networks.execution import Closed, runner
+from pliant.networks.execution import Closed
 from pliant.networks.gated import GatedNet, Walk
 from pliant.networks.gates import ConditionalGate, GatePerBlock, Gates, Policy
 from pliant.networks.resnet import ResidualNet, ResNet
@@ -191,6 +191,6 @@ class URNet(GatingRecipe):
         if self.variant in ("urnet", "external"):
             return super().predict(net, images, point)
         act = self._dropped(scale, content_generator(images), attended=self.variant == "attention")
-        walk: Walk = gated(images, act, runner(self.execution, self.closed), scale)
+        walk: Walk = gated(images, act, self.executed(), scale)
         opened = (walk.open > 0).float()
         return Outcome(walk.logits, gated.macs(opened, images.shape[-1]), {"open": opened})

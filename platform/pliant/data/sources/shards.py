@@ -52,9 +52,9 @@ def open_shards(root: Path | None, class_list: Path | None, *, strict: bool = Tr
         )
     held = find_shards(root, "val")
     val = None if held is None else scan_shards(*held, train.classes, strict=strict)
-    for name, place, index in (("train", found, train), ("val", held, val)):
-        if place is not None and place[0] == root and index is not None:
-            _refuse_lost(root, name, len(index))
+    _refuse_lost(root, "train", found[0], len(train))
+    if held is not None and val is not None:
+        _refuse_lost(root, "val", held[0], len(val))
     return train, val
 
 
@@ -66,10 +66,11 @@ def find_shards(root: Path, split: str) -> tuple[Path, str] | None:
     return None
 
 
-def _refuse_lost(root: Path, split: str, images: int) -> None:
-    """Refuses fewer or more images than `pliant data` recorded: the last shards may be gone, and leave no gap."""
+def _refuse_lost(root: Path, split: str, folder: Path, images: int) -> None:
+    """Refuses fewer or more images than `pliant data` recorded of the shards in root: the last may be gone, and leave
+    no gap. Those in a folder of their own are not its."""
     record = root / f"prepared-{split}.json"
-    if not record.is_file():
+    if folder != root or not record.is_file():
         return
     recorded = json.loads(record.read_text(encoding="utf-8")).get("images", images)
     if recorded != images:
