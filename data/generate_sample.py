@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -243,10 +244,8 @@ def fill(folder: Path, seed: int, counts: dict[str, int], workers: int) -> None:
     jobs = [(folder, seed, split, index) for split, count in counts.items() for index in range(count)]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
     try:
-        # Workers start here and keep it that interrupts are held back: Ctrl-C is for this process alone.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        lines = pool.map(write_image, jobs, chunksize=50)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with interrupts_held_back():  # workers start here
+            lines = pool.map(write_image, jobs, chunksize=50)
         with open(folder / "difficulty.csv", "w", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(("file", *Difficulty._fields))
@@ -255,6 +254,27 @@ def fill(folder: Path, seed: int, counts: dict[str, int], workers: int) -> None:
         raise Refusal("A worker was killed, perhaps for want of memory: try again, with fewer --workers.") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C is raised after the block, and never in processes that the block starts: it is for this one alone."""
+    asked = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    # The mask, which children inherit, is this thread's: one of numpy's may take the signal, and Python tells this one.
+    before = signal.signal(signal.SIGINT, hold)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if asked and callable(before):
+        before(signal.SIGINT, None)
 
 
 def end_with_parent() -> None:

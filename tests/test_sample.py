@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import generate_sample
-from data.generate_sample import CLASSES, Refusal, Settings, generate
+from data.generate_sample import CLASSES, Refusal, Settings, generate, interrupts_held_back
 
 SCRIPT = Path(generate_sample.__file__)
 
@@ -166,6 +166,19 @@ def test_an_interrupted_run_leaves_nothing_that_looks_complete(few: Path, tmp_pa
     assert not root.exists() and not (partial / "sample.json").exists()
     assert generate(small(root)) and not partial.exists()
     assert contents(root) == contents(few)
+
+
+def test_ctrl_c_while_workers_start_waits_until_they_did_and_never_reaches_them() -> None:
+    masks = []
+
+    @interrupts_held_back()
+    def start() -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # taken by any thread of this process
+        masks.append(subprocess.check_output(["grep", "SigBlk", "/proc/self/status"]))
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert [int(mask.split()[1], 16) & 1 << signal.SIGINT - 1 for mask in masks] == [2]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2, None])
