@@ -206,17 +206,26 @@ def test_policy_network_may_learn_the_classes_first() -> None:
     assert (recipe.decided(at(1)), recipe.decided(at(1, 0.9))) == (1, SMALL.number_of_blocks)
 
 
-def test_policy_by_class_is_the_mean_of_the_classes_decisions() -> None:
-    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.8)).eval()
+@pytest.mark.parametrize("doubt", [0.0, 24.0])
+def test_policy_by_class_is_the_mean_of_the_classes_decisions_and_the_doubt(doubt: float) -> None:
+    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.8, doubt=doubt)).eval()
     gates = net.gates
     with torch.no_grad():
         ask = gates.begin(batch().images, None)
         answer = torch.stack([ask(number, batch().images) for number in range(SMALL.number_of_blocks)], 1)
         by_class = gates.fc.weight.T + gates.fc.bias
-        torch.testing.assert_close(answer, gates.classes(batch().images).softmax(1) @ by_class)
+        likely = gates.classes(batch().images).softmax(1)
+        unsure = torch.stack([1 - max(row) for row in likely])
+        torch.testing.assert_close(answer, likely @ by_class + doubt * unsure[:, None])
     assert gates.fc.bias.sigmoid().tolist() == pytest.approx([0.8] * SMALL.number_of_blocks)
     assert gates.net.fc.bias.abs().max() < 1, "what tells the classes is left as drawn"
-    assert sum(gates.macs(net.backbone, 32)) == cost(gates.net, 32).total + 5 * SMALL.number_of_blocks
+    assert sum(gates.macs(net.backbone, 32)) == cost(gates.net, 32).total + 5 * SMALL.number_of_blocks + 1
+
+
+def test_doubt_stays_as_it_is_until_joint_fine_tuning() -> None:
+    stages = BlockDrop(network=SMALL, policy_share=0.2, doubt=24.0).stages()
+    learns = [any("gates.doubt".startswith(name) for name in stage.learns) for stage in stages]
+    assert learns == [False, False, True]
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -414,6 +423,8 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
         (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.3), "nothing is left for joint fine-tuning"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.1, decide="block by block"), "no policy network to train"),
+        (lambda: BlockDrop(network=SMALL, doubt=24.0), "wants a policy network that learned the classes first"),
+        (lambda: BlockDrop(network=SMALL, policy_share=0.1, doubt=-1.0), "is not negative"),
         (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),
         (lambda: URNet(network=SMALL, gates_p=2.0), "write --recipe.gates-p"),
         (lambda: URNet(network=SMALL, smallest=0.5, largest=0.4), "Scales lie in"),

@@ -108,13 +108,22 @@ def fixed(rule: str, keep: int, epochs: float, *options: str) -> Row:
 OLD = ("--optimization.lr=1e-3", "--recipe.joint-rate=0.3", "--recipe.joint-gamma", "5", "--recipe.grow", "0.6")
 """BlockDrop's settings beside a gamma of the size of the authors'."""
 
+BY_CLASS = (
+    *("--recipe.alpha", "0.9", "--recipe.grow", "0.05", "--recipe.open-rate", "0.5"),
+    *("--optimization.lr", "4e-3", "--recipe.curriculum-rate", "25"),
+)
+"""BlockDrop's settings where the policy network learns the classes first."""
+
 ROWS = {
     "skipnet": skipnet("--recipe.alpha", "2", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
     "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
     "blockdrop": blockdrop(
-        *("--recipe.gamma", "0.5", "--recipe.joint-gamma", "0.5", "--recipe.alpha", "0.9", "--recipe.grow", "0.05"),
-        *("--optimization.lr", "4e-3", "--recipe.curriculum-rate", "25", "--recipe.joint-rate", "0.05"),
-        *("--recipe.open-rate", "0.5"),
+        *("--recipe.gamma", "0.1", "--recipe.joint-gamma", "0.5", "--recipe.doubt", "64", *BY_CLASS),
+        *("--recipe.joint-rate", "0.2"),
+        epochs=(40, 5, 16),
+    ),
+    "blockdrop without doubt": blockdrop(
+        *("--recipe.gamma", "0.5", "--recipe.joint-gamma", "0.5", *BY_CLASS, "--recipe.joint-rate", "0.05"),
     ),
     "blockdrop gamma 1": blockdrop("--recipe.gamma", "1", *OLD, epochs=(26, 16), images=256),
     "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),

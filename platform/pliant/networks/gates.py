@@ -237,14 +237,16 @@ class Policy(PolicyNetwork):
 class ClassPolicy(PolicyNetwork):
     """One that tells the classes, and a layer that says for each class which blocks to run.
 
-    An image's logits are the mean of the classes' own, by their probabilities.
+    An image's logits are the mean of the classes' own, by their probabilities p, and `doubt` times 1 - max p for all
+    blocks alike: where the network is unsure, all of them run.
     """
 
-    def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1) -> None:
+    def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1, doubt: float = 0.0) -> None:
         super().__init__()
         self.pool = pool
         self.net = spec.build(classes)
         self.fc = nn.Linear(classes, blocks)
+        self.doubt = nn.Parameter(torch.tensor([doubt]))
 
     @property
     def answers(self) -> nn.Linear:
@@ -256,12 +258,13 @@ class ClassPolicy(PolicyNetwork):
         return answer
 
     def logits(self, images: Tensor, scale: float | None) -> Tensor:
-        answer: Tensor = self.fc(self.classes(images).softmax(1))
+        likely = self.classes(images).softmax(1)
+        answer: Tensor = self.fc(likely) + self.doubt * (1 - likely.amax(1, keepdim=True))
         return answer
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
         first, *others = super().macs(backbone, side)
-        return (first + self.fc.weight.numel(), *others)
+        return (first + self.fc.weight.numel() + 1, *others)
 
 
 def make_gates(kind: GateKind, backbone: ResidualNet, first: int) -> Gates:
