@@ -122,7 +122,7 @@ def test_ranks_with_unlike_numbers_of_batches_stop_together() -> None:
     spawn(_agree, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.soak)])
 def test_signal_to_one_rank_stops_both_with_a_checkpoint(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     given = arguments(data, tmp_path, optimization__steps=2000, evaluate_epochs=0.5)
     launch = Launch([sys.executable, RECIPE, *given]).start()

@@ -122,7 +122,7 @@ def two_ranks_of_ddp(data: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     return losses(only_run(runs))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_accelerate_with_a_deepspeed_file_trains_to_the_losses_of_ddp(
     data: Path, two_ranks_of_ddp: list[dict[str, float]], tmp_path: Path, stage: int
 ) -> None:
