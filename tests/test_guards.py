@@ -13,21 +13,25 @@ import pytest
 import torch
 from torch import nn
 
+from pliant.engine import folder
 from pliant.engine.agreement import heeded
 from pliant.engine.backends import wrap
 from pliant.engine.batchnorm import RunningStatistics
 from pliant.engine.diagnosis import watching
+from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption, Stopped, listening
 from pliant.engine.meter import Meter
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.engine.schedule import make_schedule
+from pliant.engine.session import _agreed
 from pliant.engine.step import accumulate
 from pliant.engine.verification import verify
 from pliant.errors import EXIT_INTERRUPTED, EXIT_RANKS_LOST, EXIT_USER_ERROR, UserError
 from pliant.experiment import Batching, Optimization
 from pliant.randomness import Draw
 from pliant.recipe import Stage
+from recipes.usnet_cifar10 import EXPERIMENT
 from tests.faults import PLIANT, RECIPE
 from tests.runs import Launch, arguments, command, finish, listens, only_run, tiny_cifar
 from tests.test_ranks import spawn
@@ -198,3 +202,14 @@ def test_signals_in_a_measurement_are_listened_to() -> None:
         assert interruption.asked
         with pytest.raises(Stopped):
             list(heeded(range(3), 3, ALONE, interruption))
+
+
+def _finds_no_room(ranks: Ranks, disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        _agreed(ranks, lambda: folder.keep_changes(EXPERIMENT, RunFolder(disk)))
+
+
+def test_full_disk_of_the_first_rank_ends_the_others_too(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(2**20))
+    spawn(_finds_no_room, 2, small_disk)

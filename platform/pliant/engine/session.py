@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,8 +129,8 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
         experiment.recipe.start(net)
-    if run is not None and ranks.first:
-        folder.keep_changes(experiment, run)
+    if run is not None:
+        _agreed(ranks, partial(folder.keep_changes, experiment, run))
     return _Opened(
         experiment=experiment,
         feed=feed,
@@ -198,15 +199,15 @@ def _dtype(experiment: Experiment) -> torch.dtype:
 
 
 def _agreed(ranks: Ranks, decide: Callable[[], T]) -> T:
-    """Collective. What rank 0 decides, or the refusal that it meets, on every rank."""
+    """Collective. What rank 0 decides, or the refusal or the full disk that it meets, on every rank."""
     answer: Any = None
     if ranks.first:
         try:
             answer = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = error
     answer = ranks.from_first(answer)
-    if isinstance(answer, UserError):
+    if isinstance(answer, UserError | OSError):
         raise answer
     decided: T = answer
     return decided
