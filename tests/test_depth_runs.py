@@ -67,6 +67,8 @@ def test_run_has_its_stages(run: Path) -> None:
     names = [line["stage"] for line in entries if line["event"] == "step"]
     assert len(names) == STEPS
     assert len(dict.fromkeys(names)) == 2
+    warned = [line["text"] for line in entries if line["event"] == "warning" and "random weights" in line["text"]]
+    assert bool(warned) == (names[0] in ("gates", "curriculum")), "a stage for gates alone wants a trained network"
     assert names == sorted(names, key=names.index), "one after the other"
 
 

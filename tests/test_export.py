@@ -186,6 +186,8 @@ def test_description_says_what_goes_in_and_comes_out(folder):
     described = json.loads((folder / "model.json").read_text())
     assert described["point"] == "0.75x"
     assert "(batch, 3, 32, 32)" in described["images"]
+    assert described["mean"] == [0.4914, 0.4822, 0.4465], "of CIFAR-10, to one unit in the last place"
+    assert described["deviation"] == [0.2470, 0.2435, 0.2616]
     assert described["classes"][0] == "airplane"
     assert described["trained"] == "tiny, 2 steps"
     written = {path.name for path in folder.iterdir()}

@@ -24,7 +24,8 @@ class Ask:
     run: Run
     """Folder of the run, as train named it."""
     at: tuple[str, ...] = ()
-    """Points, for instance 0.35 0.5 1.0, or a range with its step: 0.35:0.05:1.0. Default: the recipe's own."""
+    """Points: widths (0.35 0.5), a range of them with its step (0.35:0.05:1.0), a width for each group (1/0.5/…), scales
+    (S0.6), or native. Default: the recipe's own."""
     checkpoint: str = "newest"
     """newest, best (by the held-out split), or the step of one that was kept."""
     root: Path | None = None
@@ -64,7 +65,7 @@ class AskCompare:
 
 @dataclass(frozen=True, kw_only=True)
 class AskExport(Ask):
-    """An ordinary network at one point, its statistics folded in, without anything of Pliant."""
+    """An ordinary network at one point, with that point's batch-norm statistics, without anything of Pliant."""
 
     to: Path | None = None
     """Folder to write to; default: export/POINT in the run's folder."""

@@ -44,7 +44,8 @@ class Data(Augmentation):
     lighting: float = 0.0
     """Standard deviation of the PCA lighting noise, in units of AlexNet's eigenvalues (image folders and shards)."""
     statistics: Literal["dataset", "imagenet"] = "dataset"
-    """Mean and deviation that colours are normalised by: of the dataset, or ImageNet's, for weights trained so."""
+    """Mean and deviation that colours are normalised by. dataset: of CIFAR or SVHN; of ImageNet for image folders and
+    shards, whatever they hold. imagenet: ImageNet's everywhere, for weights trained so."""
     flip: bool = True
     """Mirror each training image with probability 1/2; never SVHN's, as a mirrored digit is no digit."""
     extra: bool = False
@@ -180,11 +181,12 @@ class Optimization:
     nesterov: bool = True
     """Of SGD."""
     weight_decay: float = 1e-4
+    """Share of a weight that is added to its gradient."""
     decay: Literal["kernels", "all"] = "kernels"
     """kernels: as the authors of US-Nets, only dense convolutions and linear weights decay, neither batch
     norm nor biases nor depthwise convolutions. all: every parameter decays."""
     schedule: ScheduleName = "linear"
-    """Shape of the learning rate from its peak to 0, followed per step, within each stage. steps: a tenth from one half
+    """Shape of the learning rate from its peak to the floor, followed per step, within each stage; constant stays. steps: a tenth from one half
     on, a hundredth from three quarters on."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0 at the start of each stage."""
@@ -285,7 +287,7 @@ class Experiment:
     """Type that the forward computes in: bf16 and fp16 by autocast over fp32 weights; fp64 with weights of its own, for
     comparing runs, as it does not show in which order a sum was taken."""
     compile: bool = False
-    """Compile the network with torch.compile; only for recipes with a fixed set of widths."""
+    """Compile the network with torch.compile; only for recipes with a fixed set of widths, and plain networks."""
     backend: BackendName = "auto"
     """How gradients are reduced. auto: what accelerate launch was told; else ddp on several ranks, single on one.
     zero0 to zero3: DeepSpeed's ZeRO, which shares out optimizer state (1), gradients (2) and weights (3)."""
@@ -300,6 +302,7 @@ class Experiment:
     ranks: int | None = None
     """Refuse any other number of ranks; default: as many as were launched."""
     seed: int = 0
+    """All draws of the run depend on it."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     resume: str | None = None

@@ -38,7 +38,7 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     ordinary = trained.recipe.export(net, point)
     if ordinary is None:
         name = type(trained.recipe).__name__
-        raise UserError(f"{name} has no ordinary network to export: which of its blocks run is decided anew each time.")
+        raise UserError(f"{name} has no ordinary network to export: it has no export() of its own.")
     plain = ordinary.cpu()
     size = trained.experiment.data.side
     images = torch.zeros(2, 3, size, size)
@@ -89,9 +89,12 @@ def _write_onnx(program: torch.export.ExportedProgram, images: torch.Tensor, pat
 
 
 def _description(trained: Trained, point: Point, size: int) -> dict[str, object]:
+    normalisation = trained.feed.normalisation
     return {
         "point": str(point),
-        "images": f"float32, (batch, 3, {size}, {size}), RGB, normalised as in training",
+        "images": f"float32, (batch, 3, {size}, {size}), RGB in [0, 1], less the mean, over the deviation",
+        "mean": normalisation.mean,
+        "deviation": normalisation.std,
         "logits": "float32, (batch, classes)",
         "classes": list(trained.feed.dataset.classes),
         "trained": f"{trained.experiment.name}, {trained.step} steps",

@@ -92,8 +92,9 @@ class Feed:
         self.faults = Faults(data.broken_share)
         """The broken images met so far."""
         self._order = Order(images, seed, data.tail)
-        own = OF_SOURCE[data.source] if data.statistics == "dataset" else IMAGENET
-        self._finish = Finish(own, self.device)
+        self.normalisation = OF_SOURCE[data.source] if data.statistics == "dataset" else IMAGENET
+        """What is taken off the colours, and what they are divided by."""
+        self._finish = Finish(self.normalisation, self.device)
         self._loaders: dict[SplitName, Loader] = {}
         self._loader_of("train")  # what is not installed is missed now
         if data.augment != "none":

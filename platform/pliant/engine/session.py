@@ -128,7 +128,10 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
         notes += require_same_as_begun(restored.get("images"), feed.dataset.train.fingerprint, run.path)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
-        experiment.recipe.start(net)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            experiment.recipe.start(net)
+        notes += [str(one.message) for one in caught]
     if run is not None:
         _agreed(ranks, partial(folder.keep_changes, experiment, run))
     return _Opened(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class ResidualRecipe(Recipe):
     pretrained: Path | None = None
     """A .safetensors file with the backbone's weights, to begin with; default: they are drawn."""
     label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes."""
 
     def __post_init__(self) -> None:
         try:
@@ -44,6 +46,14 @@ class ResidualRecipe(Recipe):
     def start(self, net: nn.Module) -> None:
         if self.pretrained is not None:
             load_backbone(self.backbone(net), self.pretrained)
+            return
+        first = self.stages()[0]
+        if all(prefix.startswith("gates") for prefix in first.learns):
+            warnings.warn(
+                f"The residual network begins with random weights, which the stage {first.name} leaves as they are: "
+                "--recipe.pretrained FILE gives it trained ones.",
+                stacklevel=2,
+            )
 
     def backbone(self, net: nn.Module) -> ResidualNet:
         """The residual network in `net`."""

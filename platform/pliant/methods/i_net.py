@@ -19,6 +19,7 @@ class INet(WidthRecipe):
     """Ordinary training. Wider channels than `width` are not allocated."""
 
     width: float = 1.0
+    """The one width."""
 
     def build(self, classes: int) -> SlimmableNet:
         return self.network.build(classes, tracked=(self.width,), widest=self.width)

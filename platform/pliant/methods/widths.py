@@ -39,6 +39,7 @@ class WidthRecipe(Recipe):
 
     network: MobileNet = field(default_factory=MobileNet)
     label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes."""
 
     def __post_init__(self) -> None:
         for point in self.points():

@@ -36,6 +36,7 @@ class ResNet:
     """Which residual network: a value from which `build` makes it."""
 
     form: Literal["cifar", "imagenet"] = "cifar"
+    """cifar: a stem of 3 x 3 at stride 1 for 32 px, three groups of blocks. imagenet: torchvision's, four groups."""
     depth: int = 32
     """cifar: 6n + 2, from 8 on. imagenet: 10, 18, 34, 50 or 101."""
     shortcut: Literal["pad", "pool", "conv"] = "pad"
