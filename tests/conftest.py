@@ -6,6 +6,12 @@ import os
 
 # Before torch starts its threads, as pliant.cli does for a user.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Tests compare with one process on a CPU, whatever the machine has and whoever started them.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+for _name in [name for name in os.environ if name.startswith(("ACCELERATE_", "SLURM_", "TORCHELASTIC_"))]:
+    del os.environ[_name]
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FORCE_COLOR"):
+    os.environ.pop(_name, None)
 
 import subprocess
 import sys
@@ -14,7 +20,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 from PIL import Image
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """A training in this process sets how many threads there are: for this test alone."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def suite_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder for this run of the tests: an index that an earlier one left would hide how this one is made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,10 +140,20 @@ def final_state(run: Path) -> dict[str, object]:
     return torch.load(newest / "state.pt", weights_only=True)
 
 
+def logged(run: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of the log of one kind; one that is being written is not there yet."""
+    whole, _, _ = (run / "log.jsonl").read_text().rpartition("\n")
+    return [line for line in map(json.loads, whole.splitlines()) if line["event"] == event]
+
+
+def begun_at(run: Path) -> list[int]:
+    """The steps at which a run was begun, and gone on with."""
+    return [line["step"] for line in logged(run, "start")]
+
+
 def losses(run: Path) -> list[dict[str, float]]:
     """The losses of each logged step, by pass; a step that was taken twice counts once, the last time."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    by_step = {line["step"]: line["losses"] for line in lines if line["event"] == "step"}
+    by_step = {line["step"]: line["losses"] for line in logged(run, "step")}
     return [by_step[step] for step in sorted(by_step)]
 
 

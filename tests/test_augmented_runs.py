@@ -30,7 +30,7 @@ from pliant.networks.resnet import ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Progress, Recipe
 from tests import small_recipes
-from tests.runs import Launch, arguments, command, final_state, finish, losses, only_run, same, tiny_cifar
+from tests.runs import Launch, arguments, begun_at, command, final_state, finish, losses, only_run, same, tiny_cifar
 from tests.test_ranks import spawn
 from tests.test_step import ALONE
 
@@ -121,6 +121,7 @@ def test_run_resumed_inside_an_epoch_ends_the_same(data: Path, tmp_path: Path) -
     for later in ("step-00000006", "step-00000008"):
         shutil.rmtree(cut / "checkpoints" / later)
     train(replace(experiment, resume=str(cut)), ALONE)
+    assert begun_at(cut) == [0, 3]
     one, two = final_state(whole), final_state(cut)
     assert all(same(one[name], two[name]) for name in ("net", "rows", "optimizer"))
     assert losses(cut) == losses(whole)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pliant import cli
 from tests.runs import tiny_cifar
-from tests.tiny_run import refusal, write_recipe
+from tests.tiny_run import refusal, train_tiny, write_recipe
 
-COMMANDS = ("train", "spectrum", "calibrate", "export")
+COMMANDS = ("train", "spectrum", "compare", "calibrate", "export", "checkpoint", "data")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
@@ -34,7 +36,9 @@ def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
-    assert "--at" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: pliant {command}")
+    assert ("--at" in said) == (command in ("spectrum", "calibrate", "export"))
 
 
 def test_help_of_a_recipe_shows_its_own_values(tmp_path, capsys):
@@ -48,8 +52,9 @@ def test_help_of_a_recipe_shows_its_own_values(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS[1:])
 def test_unknown_option_ends_with_status_2(command, capsys):
+    action = {"checkpoint": ["list"], "data": ["verify"]}.get(command, [])
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "RUN", "--points", "0.5"])
+        cli.main([command, *action, "RUN", "--points", "0.5"])
     assert caught.value.code == 2
     assert "--points" in capsys.readouterr().err
 
@@ -105,3 +110,19 @@ def test_contradiction_is_refused_and_no_run_is_begun(arguments, said, tmp_path,
     tiny_cifar(tmp_path / "data")
     assert said in refusal(capsys, "train", write_recipe(tmp_path), *arguments)
     assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoints_are_listed_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train_tiny(tmp_path)
+    for action in ("list", "verify"):
+        cli.main(["checkpoint", action, str(run)])
+        said = capsys.readouterr().out
+        assert "step-00000002" in said and "whole" in said and "damaged" not in said
+    path = run / "checkpoints" / "step-00000002" / "state.pt"
+    state = bytearray(path.read_bytes())
+    state[len(state) // 2] ^= 1
+    path.write_bytes(state)
+    cli.main(["checkpoint", "list", str(run)])
+    assert "whole" in capsys.readouterr().out, "its size is right, and list reads no more"
+    assert str(path) in refusal(capsys, "checkpoint", "verify", run)
+    assert "holds no checkpoint" in refusal(capsys, "checkpoint", "list", tmp_path / "data")

@@ -56,6 +56,11 @@ def test_runs_of_one_name_are_told_apart(one: Path, tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "usnet day1" in said
     assert "usnet day2" in said
+    elsewhere = spectrum(tmp_path / "elsewhere" / one.name, "usnet", line("1x", 0.6, 22.6e6))
+    cli.main(["compare", str(one), str(elsewhere), str(other), "--to", str(tmp_path / "three.png")])
+    said = capsys.readouterr().out
+    assert f"us/{one.name}" in said and f"elsewhere/{one.name}" in said, "folders that are called alike too"
+    assert "usnet day2" in said
 
 
 def test_what_cannot_be_compared_is_refused(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pliant import cli
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from pliant.networks.resnet import ResNet
-from tests.runs import Launch, command, final_state, finish, only_run, same, tiny_cifar
+from tests.runs import Launch, begun_at, command, final_state, finish, only_run, same, tiny_cifar
 from tests.test_resume import start, wait_for
 from tests.tiny_run import refusal
 
@@ -120,6 +120,7 @@ def test_stopped_before_and_after_the_change_of_stage_it_ends_the_same(
     assert process.returncode == EXIT_INTERRUPTED
     done = finish(given(data, tmp_path, method, "--resume", "auto"))
     assert done.returncode == 0, done.stderr
+    assert begun_at(only_run(tmp_path))[-1] >= step
     one, two = final_state(only_run(tmp_path)), final_state(run)
     for name in ("net", "rows", "optimizer"):
         assert same(one[name], two[name]), name

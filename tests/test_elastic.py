@@ -19,7 +19,7 @@ from pliant.errors import EXIT_INTERRUPTED
 from pliant.experiment import Batching, Data
 from pliant.randomness import Draw
 from tests.faults import RECIPE
-from tests.runs import Launch, arguments, final_state, losses, only_run, tiny_cifar
+from tests.runs import Launch, arguments, final_state, logged, losses, only_run, tiny_cifar
 
 STEPS, MICRO_BATCHES = 50, 4
 
@@ -130,4 +130,7 @@ def test_four_ranks_then_two_then_one_train_the_same(data: Path, one_rank: Path,
             launch.processes[-1].send_signal(signal.SIGTERM)
         for status, said in launch.finish():
             assert status == (EXIT_INTERRUPTED if until < STEPS else 0), said
+    starts = logged(only_run(tmp_path), "start")
+    assert [line["ranks"] for line in starts] == [4, 2, 1]
+    assert 0 < starts[1]["step"] < starts[2]["step"]
     assert_same_training(only_run(tmp_path), one_rank)

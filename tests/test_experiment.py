@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -254,6 +255,15 @@ class Lopsided(Plain):
         return (Stage(name="first", share=0.5), Stage(name="second", share=0.4))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Staged(Plain):
+    rate: float = 1.0
+    batch: int = 1
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(name="all", learning_rate=self.rate, batch=self.batch),)
+
+
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Batching(images=100, micro=64), "100 images is no whole number of micro-batches of 64"),
     (lambda: Batching(images=64, micro=0), "no whole number of micro-batches of 0"),
@@ -261,6 +271,18 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Data(scale=(0.0, 1.0)), "cannot cover 0 to 1"),
     (lambda: Data(jitter=1.5), "between 0 and 1, not 1.5"),
     (lambda: Data(lighting=-0.1), "write 0 or more"),
+    (lambda: Data(lighting=math.nan), "write 0 or more"),
+    (lambda: Optimization(lr=math.nan), "lies above 0, not nan"),
+    (lambda: Optimization(epochs=math.inf), "A run of inf epochs"),
+    (lambda: Optimization(weight_decay=math.inf), "cannot decay by inf"),
+    (lambda: Optimization(floor=1.0), "A share of the peak lies in [0, 1), not 1"),
+    (lambda: Saving(every_minutes=0.0), "Checkpoints are some time apart"),
+    (lambda: Experiment(name="a", recipe=Plain(), threads=0), "at least one thread"),
+    (lambda: Experiment(name="a", recipe=Plain(), evaluate_epochs=1e-7), "Validations cannot be 1e-07 epochs apart"),
+    (lambda: Experiment(name="a", recipe=Plain(), evaluate_epochs=-1.0), "Validations cannot be -1 epochs apart"),
+    (lambda: Experiment(name="a", recipe=Plain(), evaluate_epochs=math.nan), "Validations cannot be nan epochs apart"),
+    (lambda: Experiment(name="a", recipe=Staged(rate=-1.0)), "cannot learn at -1 times the learning rate"),
+    (lambda: Experiment(name="a", recipe=Staged(batch=0)), "cannot take 0 times --batch.images"),
     (lambda: Data(size=0), "--data.size cannot be 0"),
     (lambda: Data(held_out=-1), "--data.held-out cannot be -1"),
     (lambda: Data(classes=1), "--data.classes cannot be 1"),

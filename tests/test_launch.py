@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pliant.errors import EXIT_USER_ERROR
-from tests.runs import REPOSITORY, arguments, command, environment, finish, losses, only_run, tiny_cifar
+from tests.runs import REPOSITORY, arguments, command, environment, finish, logged, losses, only_run, tiny_cifar
 
 BIN = Path(sys.executable).parent
 RECIPE = str(REPOSITORY / "recipes" / "usnet_cifar10.py")
@@ -23,12 +23,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("one")
     done = finish(command(*settings(data, runs)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 rank on cpu")
-    return losses(only_run(runs))
+    return only_run(runs)
 
 
 def settings(data: Path, runs: Path) -> list[str]:
@@ -45,16 +45,24 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_ranks_train_to_the_losses_of_one_process(
-    data: Path, one_process: list[dict[str, float]], tmp_path: Path, launcher: str
+    data: Path, one_process: Path, tmp_path: Path, launcher: str
 ) -> None:
     port = ["--main_process_port", "0"] if launcher == "accelerate launch" else []
     done = finish([*LAUNCHERS[launcher], *port, RECIPE, *settings(data, tmp_path), "--ranks", "2"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 ranks on cpu")
-    several = losses(only_run(tmp_path))
-    assert len(several) == len(one_process) == 20
-    for got, want in zip(several, one_process, strict=True):
+    several, alone = losses(only_run(tmp_path)), losses(one_process)
+    assert len(several) == len(alone) == 20
+    for got, want in zip(several, alone, strict=True):
         assert got == pytest.approx(want, abs=1e-5)
+    measured, expected = (logged(run, "val") for run in (only_run(tmp_path), one_process))
+    assert expected and len(measured) == len(expected)
+    for got, want in zip(measured, expected, strict=True):
+        assert got["step"] == want["step"]
+        for mine, theirs in zip(got["lines"], want["lines"], strict=True):
+            assert mine["images"] == theirs["images"]
+            assert mine["top1"] == pytest.approx(theirs["top1"])
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_number_of_ranks_is_held_to(data: Path, tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_processes_that_would_each_train_alone_are_refused(data: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_tasks_of_srun_find_each_other(data: Path, one_process: list[dict[str, float]], tmp_path: Path) -> None:
+def test_tasks_of_srun_find_each_other(data: Path, one_process: Path, tmp_path: Path) -> None:
     """With what srun sets and nothing else."""
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0"}
     job |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
@@ -99,7 +107,7 @@ def test_tasks_of_srun_find_each_other(data: Path, one_process: list[dict[str, f
     assert [task.returncode for task in tasks] == [0, 0], said
     assert said[0][0].startswith("2 ranks on cpu")
     assert said[1][0] == ""
-    for got, want in zip(losses(only_run(tmp_path)), one_process, strict=True):
+    for got, want in zip(losses(only_run(tmp_path)), losses(one_process), strict=True):
         assert got == pytest.approx(want, abs=1e-5)
 
 

@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from tests.runs import arguments, command, environment, final_state, finish, losses, only_run, same, tiny_cifar
+from tests.runs import (
+    arguments,
+    begun_at,
+    command,
+    environment,
+    final_state,
+    finish,
+    logged,
+    losses,
+    only_run,
+    same,
+    tiny_cifar,
+)
 
 SETTINGS = {"saving__every-steps": 3, "evaluate-epochs": 1, "optimization__ema": 0.9}
 
@@ -66,6 +78,9 @@ def test_killed_and_resumed_ends_the_same(data: Path, undisturbed: Path, tmp_pat
     assert equal(runs[-1], undisturbed)
     if len(list(tmp_path.glob("*/*"))) == 1:
         assert losses(runs[0]) == losses(undisturbed)
+        assert begun_at(runs[0])[-1] >= 3, "not from the start"
+    else:
+        assert step < 8, "there was a checkpoint to go on from"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -85,6 +100,8 @@ def test_signal_stops_after_the_step_with_a_checkpoint(
     assert done.returncode == 0, done.stderr
     assert equal(only_run(tmp_path), undisturbed)
     assert losses(only_run(tmp_path)) == losses(undisturbed)
+    assert [line["step"] for line in logged(only_run(tmp_path), "step")] == list(range(1, 13)), "none is taken again"
+    assert begun_at(only_run(tmp_path))[-1] >= 5
 
 
 def test_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:
@@ -109,13 +126,14 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(data: Path, undi
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     run = only_run(tmp_path)
-    newest = max((run / "checkpoints").iterdir())
+    before, newest = sorted((run / "checkpoints").iterdir())[-2:]
     state = bytearray((newest / "state.pt").read_bytes())
     state[len(state) // 2] ^= 1
     (newest / "state.pt").write_bytes(state)
     done = finish([*given, "--resume", "auto"])
     assert done.returncode == 0, done.stderr
     assert str(newest / "state.pt") in done.stdout
+    assert begun_at(run) == [0, int(before.name.removeprefix("step-"))]
     assert equal(run, undisturbed)
 
 

@@ -133,9 +133,20 @@ def test_tensorboard_has_the_spectrum(run):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_measured_is_refused_and_the_spectrum_stays(options, said, run, capsys):
-    before = (run / "spectrum.json").read_bytes()
-    assert said in refusal(capsys, "spectrum", run, *options)
+    before, calibrated = (run / "spectrum.json").read_bytes(), sorted(run.glob("calibration/*/*"))
+    images = [] if "--images" in options else ["--images", "48"]  # what would have to be calibrated first
+    assert said in refusal(capsys, "spectrum", run, *options, *images)
     assert (run / "spectrum.json").read_bytes() == before
+    assert sorted(run.glob("calibration/*/*")) == calibrated, "refused before anything is calibrated"
+
+
+def test_statistics_that_are_torn_are_measured_anew(run, capsys):
+    (kept,) = run.glob("calibration/*/0.5x*")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    cli.main(["calibrate", str(run), "--at", "0.5"])
+    assert "Calibrated 0.5x" in capsys.readouterr().out
+    assert kept.read_bytes() == whole
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path, capsys):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
+def written_aside(path: Path, *, flush: bool = False, contended: bool = False) -> Iterator[Path]:
     """Where to write what is to be at `path`: beside it and with its ending. It is renamed at the end, and removed if
     anything fails before.
 
     Args:
         flush: to the disk first, for what a power failure must not tear.
+        contended: another process may write the same file meanwhile: each has a name of its own beside it, and who is
+            killed leaves one behind. Else the next writer takes that name over.
     """
-    beside = path.with_name(f"{path.stem}.partial{path.suffix}")
+    own = f".{secrets.token_hex(4)}" if contended else ""
+    beside = path.with_name(f"{path.stem}{own}.partial{path.suffix}")
     try:
         yield beside
         if flush:

@@ -24,7 +24,7 @@ class Ask:
     run: Run
     """Folder of the run, as train named it."""
     at: tuple[str, ...] = ()
-    """Points: widths (0.35 0.5), a range of them with its step (0.35:0.05:1.0), a width for each group (1/0.5/…), scales
+    """Points: widths (0.35 0.5), a range with its step (0.35:0.05:1.0), one width for each group (1/0.5/…), scales
     (S0.6), or native. Default: the recipe's own."""
     checkpoint: str = "newest"
     """newest, best (by the held-out split), or the step of one that was kept."""

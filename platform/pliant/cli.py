@@ -137,6 +137,7 @@ def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
         split: Any = ask.split
         if split == "auto":
             split = "held_out" if trained.feed.dataset.val is None else "val"
+        trained.feed.dataset.split(split)  # refuses one that is not there, before anything is calibrated
         calibration = ask.calibration(trained.experiment.calibration)
         rows: dict[Any, Any] = {}
         lines = trained.measure(trained.at(points, calibration), split, rows)
@@ -173,14 +174,17 @@ def _calibrate(ask: Ask) -> None:
         points = trained.checked(parse_points(ask.at))
         trained.at(points, ask.calibration(trained.experiment.calibration))
         if trained.ranks.first:
-            print(f"Calibrated {', '.join(map(str, points))}, in {trained.folder.path / 'calibration'}")
+            calibrated = [str(point) for point in points if trained.recipe.calibrates(point)]
+            done = f"Calibrated {', '.join(calibrated)}, in {trained.folder.path / 'calibration'}"
+            print(done if calibrated else "Nothing to calibrate: the network's own running statistics serve.")
 
 
 def _export(ask: AskExport) -> None:
     from pliant.engine.ranks import joined
     from pliant.engine.trained import opened
-    from pliant.export import export
+    from pliant.export import export, require_packages
 
+    require_packages(ask.formats)
     points = parse_points(ask.at)
     if len(points) != 1:
         raise UserError(f"An export is of one point, and {len(points)} were given: write for instance --at 0.5.")

@@ -7,6 +7,7 @@ are refused here, before anything is allocated.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,7 +90,7 @@ class Data(Augmentation):
             raise UserError(
                 f"Colour jitter lies between 0 and 1, not {self.jitter:g}: write for instance --data.jitter 0.4."
             )
-        if self.lighting < 0.0:
+        if not 0.0 <= self.lighting < math.inf:
             raise UserError(f"Lighting noise cannot have the deviation {self.lighting:g}: write 0 or more.")
         if not 0.0 <= self.broken_share <= 1.0:
             raise UserError(
@@ -186,8 +187,8 @@ class Optimization:
     """kernels: as the authors of US-Nets, only dense convolutions and linear weights decay, neither batch
     norm nor biases nor depthwise convolutions. all: every parameter decays."""
     schedule: ScheduleName = "linear"
-    """Shape of the learning rate from its peak to the floor, followed per step, within each stage; constant stays. steps: a tenth from one half
-    on, a hundredth from three quarters on."""
+    """Shape of the learning rate from its peak to the floor, followed per step, within each stage. constant: it stays.
+    steps: a tenth from one half on, a hundredth from three quarters on."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0 at the start of each stage."""
     epochs: float = 250.0
@@ -204,21 +205,21 @@ class Optimization:
             raise UserError(f"A run of {self.steps} steps cannot be: write --optimization.steps 0 or more.")
         if not 0.0 <= self.floor < 1.0:
             raise UserError(f"A share of the peak lies in [0, 1), not {self.floor:g}: write --optimization.floor 0.")
-        if self.epochs <= 0:
+        if not 0.0 < self.epochs < math.inf:
             raise UserError(f"A run of {self.epochs:g} epochs trains nothing: write a number above 0.")
-        if self.lr <= 0:
+        if not 0.0 < self.lr < math.inf:
             raise UserError(f"A learning rate lies above 0, not {self.lr:g}: write for instance --optimization.lr 0.1.")
         if not 0.0 <= self.momentum < 1.0:
             raise UserError(f"Momentum lies in [0, 1), not {self.momentum:g}: write --optimization.momentum 0.9.")
-        if self.weight_decay < 0:
+        if not 0.0 <= self.weight_decay < math.inf:
             raise UserError(
                 f"Weights cannot decay by {self.weight_decay:g}: write --optimization.weight-decay 0 or more."
             )
-        if self.warmup_epochs < 0:
+        if not 0.0 <= self.warmup_epochs < math.inf:
             raise UserError(f"A warm-up cannot last {self.warmup_epochs:g} epochs: write 0 or more.")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise UserError(f"An EMA decay lies between 0 and 1, not {self.ema:g}: write for instance 0.9999.")
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not 0.0 < self.clip < math.inf:
             raise UserError(f"Gradients cannot be clipped to a norm of {self.clip:g}: write a number above 0.")
 
 
@@ -265,7 +266,7 @@ class Saving:
     def __post_init__(self) -> None:
         if self.keep < 2:
             raise UserError("Keep at least two checkpoints (--saving.keep 2): if one is damaged, the other serves.")
-        if self.every_minutes is not None and self.every_minutes <= 0:
+        if self.every_minutes is not None and not self.every_minutes > 0:
             raise UserError("Checkpoints are some time apart: write for instance --saving.every-minutes 15.")
         if self.every_steps is not None and self.every_steps < 1:
             raise UserError("Checkpoints are at least one step apart: write --saving.every-steps 1 or more.")
@@ -319,9 +320,14 @@ class Experiment:
             raise UserError("A rank computes with at least one thread: write --threads 1 or more.")
         if self.log_steps < 1:
             raise UserError("Log lines are at least one step apart: write --log-steps 1 or more.")
+        if self.evaluate_epochs and not 1e-3 <= self.evaluate_epochs < math.inf:
+            raise UserError(
+                f"Validations cannot be {self.evaluate_epochs:g} epochs apart: write --evaluate-epochs 0.001 or more, "
+                "or 0 for one at the end."
+            )
         if self.verify_gradients < 0:
             raise UserError(f"Gradients cannot be verified in {self.verify_gradients} steps: write 0 or more.")
-        if self.timeout_minutes <= 0:
+        if not 0.0 < self.timeout_minutes < math.inf:
             raise UserError(f"Ranks cannot wait {self.timeout_minutes:g} minutes: write for instance 10.")
         if self.backend == "zero3" and self.optimization.ema is not None:
             raise UserError(
@@ -336,6 +342,11 @@ class Experiment:
             shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
             raise UserError(f"The shares of a recipe's stages must add up to 1: got {shares}.")
         for stage in stages:
+            if not 0.0 < stage.learning_rate < math.inf:
+                raise UserError(
+                    f"Stage {stage.name} cannot learn at {stage.learning_rate:g} times the learning rate: write a "
+                    "factor above 0."
+                )
             if stage.batch < 1:
                 raise UserError(
                     f"Stage {stage.name} cannot take {stage.batch} times --batch.images a step: write a whole number "

@@ -19,6 +19,17 @@ from pliant.errors import UserError, optional_import
 from pliant.recipe import Point
 
 
+def require_packages(formats: Sequence[str]) -> None:
+    """Refuses a format whose package is missing.
+
+    Raises:
+        UserError: it says which.
+    """
+    if "onnx" in formats:
+        for package in ("onnx", "onnxscript"):
+            optional_import(package, extra="export", purpose="--formats onnx")
+
+
 def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats: Sequence[str]) -> list[Path]:
     """Writes the network at `point` in each format, with a description of its input beside.
 
@@ -32,14 +43,12 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     Raises:
         UserError: the recipe has no ordinary network to give, or a format's package is missing.
     """
-    if "onnx" in formats:
-        for package in ("onnx", "onnxscript"):
-            optional_import(package, extra="export", purpose="--formats onnx")
+    require_packages(formats)
     ordinary = trained.recipe.export(net, point)
     if ordinary is None:
         name = type(trained.recipe).__name__
         raise UserError(f"{name} has no ordinary network to export: it has no export() of its own.")
-    plain = ordinary.cpu()
+    plain = ordinary.cpu().float()
     size = trained.experiment.data.side
     images = torch.zeros(2, 3, size, size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +57,7 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         path = folder / "model.safetensors"
         network = json.loads(record.dump(trained.experiment))["recipe"].get("network", {})
         weights = {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}
-        with written_aside(path) as beside:
+        with written_aside(path, contended=True) as beside:
             # Bytes, so that a full disk is an OSError.
             beside.write_bytes(save(weights, {"format": "pt", "network": json.dumps(network)}))
         written.append(path)
@@ -60,7 +69,7 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
             program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
     if "torch" in formats:
         path = folder / "model.pt2"
-        with written_aside(path) as beside:
+        with written_aside(path, contended=True) as beside:
             torch.export.save(cast(torch.export.ExportedProgram, program), beside)
         written.append(path)
     if "onnx" in formats:
@@ -69,13 +78,13 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         _write_onnx(program, images, path)
         written.append(path)
     path = folder / "model.json"
-    with written_aside(path) as beside:
+    with written_aside(path, contended=True) as beside:
         beside.write_text(json.dumps(_description(trained, point, size), indent=2) + "\n")
     return [*written, path]
 
 
 def _write_onnx(program: torch.export.ExportedProgram, images: torch.Tensor, path: Path) -> None:
-    with written_aside(path) as beside:
+    with written_aside(path, contended=True) as beside:
         torch.onnx.export(
             program,
             (images,),

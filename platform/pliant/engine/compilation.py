@@ -25,7 +25,10 @@ def graphs_to_compile(experiment: Experiment) -> int | None:
         return None
     graphs = experiment.recipe.graphs()
     if isinstance(graphs, str):
-        raise UserError(f"This run cannot be compiled: {graphs}. Leave --compile out, or train an S-Net, an I-Net or a plain network.")
+        raise UserError(
+            f"This run cannot be compiled: {graphs}. Leave --compile out, or train an S-Net, an I-Net or a plain "
+            "network."
+        )
     return graphs
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -130,10 +131,9 @@ class Trained:
         return self.folder.path / "calibration" / f"step-{self.step:08d}" / f"{name}.safetensors"
 
     def _kept(self, point: Point, calibration: Calibration) -> dict[str, LayerStatistics] | None:
-        path = self._path(point, calibration)
-        if not self.ranks.from_first(path.is_file()):
+        flat = self.ranks.from_first(_statistics_in(self._path(point, calibration)) if self.ranks.first else None)
+        if flat is None:
             return None
-        flat = load_file(path)
         names = dict.fromkeys(name.rsplit(".", 1)[0] for name in flat)
         return {name: LayerStatistics(flat[f"{name}.mean"], flat[f"{name}.var"]) for name in names}
 
@@ -143,7 +143,7 @@ class Trained:
         flat: dict[str, Tensor] = {}
         for name, layer in statistics.items():
             flat |= {f"{name}.mean": layer.mean.cpu().contiguous(), f"{name}.var": layer.var.cpu().contiguous()}
-        with written_aside(path) as beside:
+        with written_aside(path, flush=True, contended=True) as beside:
             beside.write_bytes(save(flat))  # a full disk is an OSError so
 
     def measure(
@@ -231,9 +231,17 @@ def write_spectrum(
     }
     _write_rows(trained, rows, cast(SplitName, split))
     path = trained.folder.path / "spectrum.json"
-    with written_aside(path) as beside:
+    with written_aside(path, contended=True) as beside:
         beside.write_text(json.dumps(plain, indent=2) + "\n")
     return path
+
+
+def _statistics_in(path: Path) -> dict[str, Tensor] | None:
+    """What was kept there; None where nothing was, or what is there is torn and is measured anew."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) -> None:
@@ -251,5 +259,5 @@ def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) 
                 positions = found["position"][chosen].numpy()
                 pictures, shown = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
                 kept[f"{point}/{end}"], kept[f"{point}/{end}_rows"] = pictures, chosen.numpy()[shown]
-    with written_aside(path) as beside:
+    with written_aside(path, contended=True) as beside:
         np.savez_compressed(beside, **kept)  # type: ignore[arg-type] # its stub takes them for flags

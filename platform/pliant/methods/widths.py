@@ -30,7 +30,8 @@ def width_of(point: Point) -> WidthLike:
 def grid(low: float, high: float, step: float) -> tuple[float, ...]:
     """Widths from `low` to `high`, both included, `step` apart; the last may be nearer."""
     count = math.ceil((high - low) / step - 1e-6)
-    return (*(round(low + number * step, 6) for number in range(count)), high)
+    between = (round(low + number * step, 6) for number in range(1, count))
+    return (low, *between, high) if count else (high,)
 
 
 @dataclass(frozen=True, kw_only=True)

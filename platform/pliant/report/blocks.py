@@ -50,7 +50,7 @@ def _saved(path: Path, paint: Callable[[Any], None]) -> Path:
 
     figure = pyplot.figure(dpi=150, layout="constrained")
     paint(figure)
-    with written_aside(path) as beside:
+    with written_aside(path, contended=True) as beside:
         figure.savefig(beside)
     pyplot.close(figure)
     return path

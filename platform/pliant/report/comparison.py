@@ -36,11 +36,19 @@ def read_all(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 f"{first} was measured on other images than {run}, though as many: measure both on the same with "
                 "pliant spectrum, before they are compared."
             )
-    names = [spectrum["name"] for spectrum in found.values()]
-    return {
-        spectrum["name"] if names.count(spectrum["name"]) == 1 else f"{spectrum['name']} {run.name}": spectrum
-        for run, spectrum in found.items()
-    }
+    return dict(zip(_labels({run: spectrum["name"] for run, spectrum in found.items()}), found.values(), strict=True))
+
+
+def _labels(names: dict[Path, str]) -> list[str]:
+    """Runs by name, and where several have one by as much of the end of their paths as tells them apart."""
+    labels = []
+    for run, name in names.items():
+        others = [other.absolute().parts for other in names if other != run and names[other] == name]
+        parts, tail = run.absolute().parts, 0
+        while any(not tail or other[-tail:] == parts[-tail:] for other in others) and tail < len(parts):
+            tail += 1
+        labels.append(" ".join((name, *(["/".join(parts[-tail:])] if tail else []))))
+    return labels
 
 
 def _images(spectrum: dict[str, Any]) -> str:

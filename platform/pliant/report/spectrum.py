@@ -95,7 +95,7 @@ def picture(path: Path, above: str) -> Iterator[Any]:
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    with written_aside(path) as beside:
+    with written_aside(path, contended=True) as beside:
         figure.savefig(beside)
     pyplot.close(figure)
 

@@ -72,7 +72,10 @@ def _refuse_lost(root: Path, split: str, folder: Path, images: int) -> None:
     record = root / f"prepared-{split}.json"
     if folder != root or not record.is_file():
         return
-    recorded = json.loads(record.read_text(encoding="utf-8")).get("images", images)
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8")).get("images", images)
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{record} cannot be read: remove it if the shards of {split} are all there.") from None
     if recorded != images:
         raise UserError(
             f"The shards of {split} in {root} hold {images} images, and {record.name} says {recorded}: bring all "
