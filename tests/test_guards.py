@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from pliant.engine import folder
+from pliant.engine import ranks as ranks_module
 from pliant.engine.agreement import heeded
 from pliant.engine.backends import wrap
 from pliant.engine.batchnorm import RunningStatistics
@@ -22,12 +24,12 @@ from pliant.engine.folder import RunFolder
 from pliant.engine.interruption import Interruption, Stopped, listening
 from pliant.engine.meter import Meter
 from pliant.engine.precision import Precision
-from pliant.engine.ranks import Ranks
+from pliant.engine.ranks import Ranks, joined
 from pliant.engine.schedule import make_schedule
 from pliant.engine.session import _agreed
 from pliant.engine.step import accumulate
 from pliant.engine.verification import verify
-from pliant.errors import EXIT_INTERRUPTED, EXIT_RANKS_LOST, EXIT_USER_ERROR, UserError
+from pliant.errors import EXIT_INTERRUPTED, EXIT_RANKS_LOST, EXIT_USER_ERROR, Interrupted, UserError
 from pliant.experiment import Batching, Optimization
 from pliant.randomness import Draw
 from pliant.recipe import Stage
@@ -202,6 +204,53 @@ def test_signals_in_a_measurement_are_listened_to() -> None:
         assert interruption.asked
         with pytest.raises(Stopped):
             list(heeded(range(3), 3, ALONE, interruption))
+
+
+@pytest.mark.parametrize(
+    ("device", "raised", "closed"),
+    [
+        ("cuda", None, True),
+        ("cuda", Interrupted("stopped"), True),
+        ("cuda", ValueError("alone"), False),
+        ("cpu", ValueError("alone"), True),
+    ],
+)
+def test_nccl_s_group_is_left_open_by_a_rank_that_fails_alone(
+    device: str, raised: Exception | None, closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing it is collective there: it would wait for ranks that wait for this one."""
+    left: list[bool] = []
+    monkeypatch.setattr(ranks_module, "join", lambda _: Ranks(0, 2, torch.device(device)))
+    monkeypatch.setattr(ranks_module, "leave", lambda: left.append(True))
+    with contextlib.suppress(ValueError, Interrupted), joined():
+        if raised is not None:
+            raise raised
+    assert left == [True] * closed
+
+
+ABANDONS = """
+import atexit, torch.distributed as dist
+from pliant import cli
+from pliant.engine import ranks
+from pliant.errors import UserError
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(print, "the interpreter came to its end")
+def fails():
+    raise {error}
+cli._guard(fails)
+"""
+
+
+@pytest.mark.parametrize(("error", "status"), [("UserError('a mistake')", 2), ("RuntimeError('a defect')", 1)])
+def test_process_whose_group_is_left_open_ends_at_once(error: str, status: int) -> None:
+    done = finish([sys.executable, "-c", ABANDONS.format(error=error)])
+    assert done.returncode == status
+    assert error.split("'")[1] in done.stderr
+    assert "the interpreter came to its end" not in done.stdout
+
+
+def test_rows_of_a_network_without_running_statistics_are_exchanged_with_nobody() -> None:
+    assert Ranks(1, 3, torch.device("cpu")).rows(torch.empty(0)).shape == (3, 0)
 
 
 def _finds_no_room(ranks: Ranks, disk: Path) -> None:

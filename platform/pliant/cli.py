@@ -14,10 +14,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import errno
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tyro
 
@@ -232,7 +233,7 @@ def _guard(action: Callable[[], None]) -> None:
             action()
     except (UserError, RanksLost) as error:
         print(f"{_prefix()}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANKS_LOST)
+        _exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANKS_LOST)
     except Interrupted as stop:
         if _rank() == "0":
             from pliant.engine.launch import again
@@ -241,6 +242,7 @@ def _guard(action: Callable[[], None]) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in (*_FULL, *_FORBIDDEN):
+            _end_abandoned()
             raise
         place = error.filename or "A file"
         what, mend = ("written", "make room there") if error.errno in _FULL else ("used", "mend its permissions")
@@ -248,10 +250,31 @@ def _guard(action: Callable[[], None]) -> None:
             f"{_prefix()}error: {place} cannot be {what} ({error.strerror}): {mend}; what was written before stands.",
             file=sys.stderr,
         )
-        sys.exit(EXIT_USER_ERROR)
+        _exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:  # before the run listens for signals, or after it
         print("Stopped.", file=sys.stderr)
-        sys.exit(130)
+        _exit(130)
+    except Exception:
+        _end_abandoned()
+        raise
+
+
+def _exit(status: int) -> NoReturn:
+    _end_abandoned(status)
+    sys.exit(status)
+
+
+def _end_abandoned(status: int | None = None) -> None:
+    """Ends the process at once if a process group was left open: the interpreter would close it, and wait for ranks
+    that do not come. Without a status, what is being raised is printed first, and the status is 1."""
+    ranks = sys.modules.get("pliant.engine.ranks")
+    if ranks is None or not ranks.abandoned():
+        return
+    if status is None:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if status is None else status)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,7 +36,8 @@ class Beats:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._pending: tuple[dist.Work | None, Tensor] | None = None
+        self._pending: Callable[[], list[float]] | None = None
+        self._reading = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
 
     def beat(self, nonfinite: Tensor, *, stop: bool, save: bool = False) -> Beat:
         """Collective. The flags of the step before.
@@ -51,18 +52,47 @@ class Beats:
         flags = torch.stack(
             [nonfinite, torch.full_like(nonfinite, float(stop)), torch.full_like(nonfinite, float(save))]
         )
-        self._pending = (self._ranks.start_max(flags), flags)
+        self._pending = self._read_later(self._ranks.start_max(flags), flags)
         return Beat(before.nonfinite, stop, save) if self._ranks.count == 1 else before
 
     def last(self) -> Beat:
         """The flags not yet read."""
         if self._pending is None:
             return Beat()
-        work, flags = self._pending
+        flags = self._pending()
         self._pending = None
-        if work is not None:
-            work.wait()
-        return Beat(*(bool(flag) for flag in flags.tolist()))
+        return Beat(*(bool(flag) for flag in flags))
+
+    def _read_later(self, work: dist.Work | None, flags: Tensor) -> Callable[[], list[float]]:
+        """A function that waits for the flags and reads them.
+
+        On a GPU they are copied out on a stream beside: on the one that computes, reading would wait for the next
+        step as well, which by then is queued there.
+        """
+        if self._reading is None:
+
+            def read() -> list[float]:
+                if work is not None:
+                    work.wait()
+                values: list[float] = flags.tolist()
+                return values
+
+            return read
+        out, arrived = torch.empty_like(flags, device="cpu", pin_memory=True), torch.cuda.Event()
+        self._reading.wait_stream(torch.cuda.current_stream(flags.device))
+        with torch.cuda.stream(self._reading):
+            if work is not None:
+                work.wait()  # the stream waits, not the host
+            out.copy_(flags, non_blocking=True)
+            arrived.record(self._reading)
+        flags.record_stream(self._reading)
+
+        def arrive() -> list[float]:
+            arrived.synchronize()
+            values: list[float] = out.tolist()
+            return values
+
+        return arrive
 
 
 def heeded(items: Iterable[Item], rounds: int, ranks: Ranks, interruption: Interruption) -> Iterator[Item]:

@@ -91,10 +91,12 @@ def _tally(outcome: Outcome, labels: Tensor, cost: float) -> Tensor:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     images = len(labels)
-    macs = torch.full((images,), cost, dtype=torch.float64) if outcome.macs is None else outcome.macs.double()
-    loss = cross_entropy(logits, labels, reduction="sum").double()
-    values = (images, hits[:, 0].sum(), hits.sum(), loss, macs.sum(), macs.square().sum())
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=logits.device) for value in values])
+    # All of it on the device: a number handed over would wait for what runs there.
+    macs = logits.new_full((images,), cost, dtype=torch.float64) if outcome.macs is None else outcome.macs.double()
+    loss = cross_entropy(logits, labels, reduction="sum")
+    count = logits.new_full((), images, dtype=torch.float64)
+    values = (count, hits[:, 0].sum(), hits.sum(), loss, macs.sum(), macs.square().sum())
+    return torch.stack([value.double() for value in values])
 
 
 def _rows(outcome: Outcome, batch: Batch) -> Rows:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from pliant.errors import RanksLost, UserError, optional_import
+from pliant.errors import Interrupted, RanksLost, UserError, optional_import
 
 T = TypeVar("T")
 
@@ -90,6 +90,8 @@ class Ranks:
         """Collective. Every rank's row (n,), stacked: (count, n)."""
         if self.count == 1:
             return row[None].clone()
+        if not row.numel():  # of a network without running statistics; it may lie where NCCL does not reach
+            return row.new_empty(self.count, 0)
         table = [torch.empty_like(row) for _ in range(self.count)]
         dist.all_gather(table, row)
         return torch.stack(table)
@@ -111,7 +113,8 @@ class Ranks:
     def wait_at_most(self, minutes: float) -> None:
         """From now on a rank that waits longer for another gives up."""
         if self.count > 1:
-            distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), dist.group.WORLD)
+            for group in list(distributed_c10d._world.pg_map):  # DeepSpeed has groups of its own
+                distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
     def barrier(self) -> None:
         """Collective. Waits for all ranks."""
@@ -204,8 +207,13 @@ def joined(requested: int | None = None) -> Iterator[Ranks]:
         RanksLost: in a collective, another rank did not answer.
     """
     ranks = join(requested)
+    together = False
     try:
         yield ranks
+        together = True
+    except Interrupted:
+        together = True
+        raise
     except RuntimeError as error:
         if ranks.count == 1 or not _LOST.search(str(error)):
             raise
@@ -214,7 +222,14 @@ def joined(requested: int | None = None) -> Iterator[Ranks]:
             "The newest checkpoint stands; where the ranks stood may be said in the run's folder hangs."
         ) from error
     finally:
-        leave()
+        # NCCL closes a group together. One rank that fails alone would wait for the others, which wait for it.
+        if together or ranks.device.type != "cuda":
+            leave()
+
+
+def abandoned() -> bool:
+    """Whether a process group was left open, so that this process had better end at once."""
+    return dist.is_initialized()
 
 
 def leave() -> None:

@@ -129,7 +129,7 @@ class URNet(GatingRecipe):
             batch.images, self._act(draw, scale, batch.images, self._p(progress)), self.masked(), scale
         )
         loss = cross_entropy(walk.logits, batch.targets, label_smoothing=self.label_smoothing)
-        metrics = {"cross_entropy": loss.detach(), "open": walk.open.detach().mean(), "scale": loss.new_tensor(scale)}
+        metrics = {"cross_entropy": loss.detach(), "open": walk.open.detach().mean(), "scale": loss.new_full((), scale)}
         if self.variant in ("urnet", "external"):
             # In an iteration whose gates are all steps nothing reaches them: a zero gradient, but a graph.
             loss = loss + self.beta * self.scale_loss(walk.open, scale) + 0.0 * walk.gate_logits.sum()

@@ -54,6 +54,7 @@ class DaliLoader:
         self._gpu = device.type == "cuda"
         self._faults = faults or Faults(share=1.0)
         self._told = False
+        self._copying: torch.cuda.Stream | None = None
         self._reference = TorchvisionLoader(index, threads, device, self._faults)
 
     def stream(self, requests: Iterable[Request]) -> Generator[Loaded, None, None]:
@@ -152,12 +153,23 @@ class DaliLoader:
 
     def _images(self, windows: Any, plan: Plan) -> Tensor:
         if self._gpu:
-            return torch.utils.dlpack.from_dlpack(windows.as_tensor()).permute(0, 3, 1, 2)
+            return self._own_copy(windows.as_tensor()).permute(0, 3, 1, 2)
         images = blank(plan, pin=False)
         for entry in range(len(plan)):
             window = torch.from_numpy(np.asarray(windows[entry])).permute(2, 0, 1)
             place(window, plan, entry, images[entry])
         return images
+
+    def _own_copy(self, windows: Any) -> Tensor:
+        """DALI's memory is DALI's again as soon as torch lets go of it, whatever torch has only queued that reads it. A
+        stream of its own copies it while the network runs, and this thread waits for that alone."""
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._copying):
+            own = torch.utils.dlpack.from_dlpack(windows).clone()
+        self._copying.synchronize()
+        own.record_stream(torch.cuda.current_stream(self._device))  # torch's memory, used there from now on
+        return own
 
 
 class _Feeding:

@@ -76,7 +76,7 @@ class Zero:
         options = options_for(stage, optimization.clip, config)
         with _quiet():
             deepspeed = _deepspeed(ranks)
-            self._module = NextLoss(net)
+            self._module = NextLoss(net, precision)
             self._engine, *_ = deepspeed.initialize(model=self._module, optimizer=self.optimizer, config=options)
         self._deepspeed = deepspeed
 
@@ -94,7 +94,7 @@ class Zero:
     def forward(self, passes: Iterator[Pass], *, reduces: bool) -> Pass | None:
         """The next pass, or None."""
         self._reduces = reduces
-        with self._held(), self.precision.autocast():
+        with self._held():
             self._engine(passes)
         return self._module.take()
 
@@ -225,14 +225,19 @@ def _by_element(state: dict[str, Any], shape: torch.Size) -> list[str]:
 
 
 class NextLoss(NextPass):
-    """Gives DeepSpeed's hooks a tensor to hold on to, and keeps the pass itself aside."""
+    """Gives DeepSpeed's hooks a tensor to hold on to, and keeps the pass itself aside.
 
-    def __init__(self, net: nn.Module) -> None:
+    Autocast begins in here: DeepSpeed switches one off that it finds on a GPU when it is called.
+    """
+
+    def __init__(self, net: nn.Module, precision: Precision) -> None:
         super().__init__(net)
+        self._precision = precision
         self._found: Pass | None = None
 
     def forward(self, passes: Iterator[Pass]) -> Tensor | None:  # type: ignore[override]
-        self._found = super().forward(passes)
+        with self._precision.autocast():
+            self._found = super().forward(passes)
         return None if self._found is None else self._found.loss
 
     def take(self) -> Pass | None:
@@ -322,7 +327,11 @@ def _deepspeed(ranks: Ranks) -> Any:
     """Collective. The module, joined to the process group that there is."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # which launchers set; alone there is one
+    # Which launchers set, and DeepSpeed takes for the GPU's number; alone there is none, and where srun shows each task
+    # its own GPU only, every task's has the number 0.
+    if ranks.device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)
+    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed: Any = optional_import("deepspeed", extra="deepspeed", purpose="A ZeRO backend")
     ops = optional_import("deepspeed.ops", extra="deepspeed", purpose="A ZeRO backend")
     # Only inference uses this op, but starting would compile it: a minute, and a compiler.
