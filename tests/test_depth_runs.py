@@ -163,7 +163,7 @@ def test_what_makes_no_sense_for_a_method_is_refused(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refusal(capsys, "spectrum", run, "--at", "0.5")
-    assert "point" in said or "scale" in said
+    assert "is none of this recipe's points" in said or "is not a scale" in said
     assert "no ordinary network to export" in refusal(capsys, "export", run, "--at", _point(run))
 
 

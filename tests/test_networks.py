@@ -140,6 +140,8 @@ def test_each_group_may_have_a_width_of_its_own(version):
         ordinary = dict(net.skeleton(ratios).named_parameters())
         assert set(ordinary) == set(used)
         assert all(used[name] <= parameter.numel() for name, parameter in ordinary.items())
+        kernels = [name for name, parameter in ordinary.items() if parameter.ndim == 4]
+        assert sum(used[name] for name in kernels) > 0.9 * sum(ordinary[name].numel() for name in kernels)
 
 
 def output_channels(net: SlimmableNet, width: object) -> list[int]:

@@ -175,7 +175,7 @@ def _adopt_srun(env: dict[str, str]) -> dict[str, str]:
     # Every task comes to the same port by itself, and another step of the job, or the job put back in the queue, to
     # another one.
     launch = (tasks.job_id, env.get("SLURM_STEP_ID", "0"), env.get("SLURM_RESTART_COUNT", "0"))
-    port = random.Random(".".join(launch)).randint(20000, 60000)
+    port = random.Random(".".join(launch)).randint(20000, 32767)  # below those that Linux gives away
     found = {
         "RANK": str(tasks.global_rank),
         "WORLD_SIZE": str(tasks.num_tasks),
