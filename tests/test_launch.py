@@ -91,7 +91,12 @@ def test_processes_that_would_each_train_alone_are_refused(data: Path, tmp_path:
 
 def test_tasks_of_srun_find_each_other(data: Path, one_process: Path, tmp_path: Path) -> None:
     """With what srun sets and nothing else."""
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+    }
     job |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     tasks = [
         subprocess.Popen(
