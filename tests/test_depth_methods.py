@@ -206,26 +206,33 @@ def test_policy_network_may_learn_the_classes_first() -> None:
     assert (recipe.decided(at(1)), recipe.decided(at(1, 0.9))) == (1, SMALL.number_of_blocks)
 
 
-@pytest.mark.parametrize("doubt", [0.0, 24.0])
-def test_policy_by_class_is_the_mean_of_the_classes_decisions_and_the_doubt(doubt: float) -> None:
-    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.8, doubt=doubt)).eval()
+def test_policy_by_class_is_the_mean_of_the_classes_decisions() -> None:
+    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.8)).eval()
     gates = net.gates
     with torch.no_grad():
         ask = gates.begin(batch().images, None)
         answer = torch.stack([ask(number, batch().images) for number in range(SMALL.number_of_blocks)], 1)
         by_class = gates.fc.weight.T + gates.fc.bias
-        likely = gates.classes(batch().images).softmax(1)
-        unsure = torch.stack([1 - max(row) for row in likely])
-        torch.testing.assert_close(answer, likely @ by_class + doubt * unsure[:, None])
+        torch.testing.assert_close(answer, gates.classes(batch().images).softmax(1) @ by_class)
     assert gates.fc.bias.sigmoid().tolist() == pytest.approx([0.8] * SMALL.number_of_blocks)
     assert gates.net.fc.bias.abs().max() < 1, "what tells the classes is left as drawn"
-    assert sum(gates.macs(net.backbone, 32)) == cost(gates.net, 32).total + 5 * SMALL.number_of_blocks + 1
+    assert sum(gates.macs(net.backbone, 32)) == cost(gates.net, 32).total + 5 * SMALL.number_of_blocks
 
 
-def test_doubt_stays_as_it_is_until_joint_fine_tuning() -> None:
-    stages = BlockDrop(network=SMALL, policy_share=0.2, doubt=24.0).stages()
-    learns = [any("gates.doubt".startswith(name) for name in stage.learns) for stage in stages]
-    assert learns == [False, False, True]
+def test_all_blocks_run_where_the_policy_network_is_in_doubt_of_the_class() -> None:
+    """As many images as it is unsure of; they teach its decisions nothing."""
+    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.2)).eval()
+    wrong = 1 - net.gates.classes(batch().images).softmax(1).amax(1)
+    net.gates.doubt = wrong.median().item()
+    ask = net.gates.begin(batch().images, None)
+    logits = torch.stack([ask(number, batch().images) for number in range(SMALL.number_of_blocks)], 1)
+    unsure = wrong > net.gates.doubt
+    assert 0 < unsure.sum() < len(unsure)
+    assert (logits[unsure] > 5).all() and (logits[~unsure] < 0).all()
+    (gradient,) = torch.autograd.grad(logits[unsure].sum(), net.gates.fc.weight, retain_graph=True)
+    assert not gradient.any()
+    (gradient,) = torch.autograd.grad(logits[~unsure].sum(), net.gates.fc.weight)
+    assert gradient.any()
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -423,8 +430,8 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
         (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.3), "nothing is left for joint fine-tuning"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.1, decide="block by block"), "no policy network to train"),
-        (lambda: BlockDrop(network=SMALL, doubt=24.0), "wants a policy network that learned the classes first"),
-        (lambda: BlockDrop(network=SMALL, policy_share=0.1, doubt=-1.0), "is not negative"),
+        (lambda: BlockDrop(network=SMALL, doubt=0.2), "asks a policy network that learned the classes first"),
+        (lambda: BlockDrop(network=SMALL, policy_share=0.1, doubt=0.0), "write for instance --recipe.doubt 0.2"),
         (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),
         (lambda: URNet(network=SMALL, gates_p=2.0), "write --recipe.gates-p"),
         (lambda: URNet(network=SMALL, smallest=0.5, largest=0.4), "Scales lie in"),

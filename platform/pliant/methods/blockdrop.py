@@ -5,7 +5,6 @@ It learns by policy gradient on a frozen residual network, from the last blocks 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -50,10 +49,9 @@ class BlockDrop(GatingRecipe):
     """Share of the run in which the policy network first learns to tell the classes apart; the curriculum then trains a
     layer behind it, which holds the decisions of each class. That takes some hundred steps, where the paper's policy
     network learns all of it from rewards in 5,000 epochs. 0: as the paper has it."""
-    doubt: float = 0.0
-    """Beside a policy share: how much the chance that the policy network names a wrong class adds to every block's
-    logit. Where it is unsure all blocks run, which a search that changes one block at a time does not come upon. It
-    stays as it is until joint fine-tuning, and learns there."""
+    doubt: float = 1.0
+    """Beside a policy share: all blocks run where the policy network gives its likeliest class a chance of more than
+    this to be wrong, for instance 0.2; a search that changes one block at a time does not come upon that. 1: never."""
     curriculum_rate: float = 1.0
     """Factor on the learning rate in the curriculum."""
     curriculum_share: float = 0.7
@@ -83,10 +81,12 @@ class BlockDrop(GatingRecipe):
             raise UserError(
                 "Deciding block by block there is no policy network to train first: leave --recipe.policy-share out."
             )
-        if not 0.0 <= self.doubt < math.inf or (self.doubt and not self.policy_share):
+        if not 0.0 < self.doubt <= 1.0:
+            raise UserError(f"A chance lies in (0, 1], not {self.doubt:g}: write for instance --recipe.doubt 0.2.")
+        if self.doubt < 1.0 and not self.policy_share:
             raise UserError(
-                f"A --recipe.doubt of {self.doubt:g} wants a policy network that learned the classes first, and is not "
-                "negative: write --recipe.policy-share beside it, for instance 0.5, or leave it out."
+                "--recipe.doubt asks a policy network that learned the classes first: write --recipe.policy-share "
+                "beside it, for instance 0.5, or leave it out."
             )
         if self.curriculum_batch < 1:
             raise UserError(

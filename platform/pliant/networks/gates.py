@@ -22,6 +22,7 @@ from pliant.networks.resnet import ResidualNet, ResNet, cost
 Ask = Callable[[int, Tensor], Tensor]
 """From a block's number and input (B, C, H, W) to logits (B,)."""
 GateKind = Literal["ff1", "ff2", "rnn", "pooled"]
+_OPEN = 10.0  # a logit that leaves no question
 _HIDDEN = 10  # of SkipNet's recurrent gate, both its input and its state
 
 
@@ -237,16 +238,15 @@ class Policy(PolicyNetwork):
 class ClassPolicy(PolicyNetwork):
     """One that tells the classes, and a layer that says for each class which blocks to run.
 
-    An image's logits are the mean of the classes' own, by their probabilities p, and `doubt` times 1 - max p for all
-    blocks alike: where the network is unsure, all of them run.
+    An image's logits are the mean of the classes' own, by their probabilities. Where the likeliest class is wrong with
+    a chance of more than `doubt`, all blocks run.
     """
 
-    def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1, doubt: float = 0.0) -> None:
+    def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1, doubt: float = 1.0) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self.doubt = pool, doubt
         self.net = spec.build(classes)
         self.fc = nn.Linear(classes, blocks)
-        self.doubt = nn.Parameter(torch.tensor([doubt]))
 
     @property
     def answers(self) -> nn.Linear:
@@ -259,12 +259,12 @@ class ClassPolicy(PolicyNetwork):
 
     def logits(self, images: Tensor, scale: float | None) -> Tensor:
         likely = self.classes(images).softmax(1)
-        answer: Tensor = self.fc(likely) + self.doubt * (1 - likely.amax(1, keepdim=True))
-        return answer
+        unsure = 1 - likely.amax(1, keepdim=True) > self.doubt
+        return torch.where(unsure, _OPEN, self.fc(likely))
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
         first, *others = super().macs(backbone, side)
-        return (first + self.fc.weight.numel() + 1, *others)
+        return (first + self.fc.weight.numel(), *others)
 
 
 def make_gates(kind: GateKind, backbone: ResidualNet, first: int) -> Gates:
