@@ -221,7 +221,7 @@ def test_policy_by_class_is_the_mean_of_the_classes_decisions() -> None:
 
 def test_all_blocks_run_where_the_policy_network_is_in_doubt_of_the_class() -> None:
     """As many images as it is unsure of; they teach its decisions nothing."""
-    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.2)).eval()
+    net = built(BlockDrop(network=SMALL, policy_share=0.2, open_rate=0.2)).eval().requires_grad_(True)
     wrong = 1 - net.gates.classes(batch().images).softmax(1).amax(1)
     net.gates.doubt = wrong.median().item()
     ask = net.gates.begin(batch().images, None)
