@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -108,6 +108,7 @@ def test_centre_plan_has_the_numbers_of_torchvision(resize, height, width):
 
 
 @settings(deadline=None)
+@example(short=5, long=471, size=1, resize=471, upright=False)
 @given(
     short=st.integers(1, 40),
     long=st.integers(1, 100_000),
@@ -116,7 +117,7 @@ def test_centre_plan_has_the_numbers_of_torchvision(resize, height, width):
     upright=st.booleans(),
 )
 def test_no_image_grows_to_an_enormous_one(short, long, size, resize, upright):
-    """Whatever its sides, and the square that is fed still lies where it did, to half a pixel."""
+    """Whatever its sides, and the square that is fed still lies where it did, to a pixel and a half."""
     sizes = np.array([(long, short) if upright else (short, long)], np.int32)
     data = Data(size=size, resize=resize)
     plan = centre_plan(sizes, data)
@@ -139,7 +140,8 @@ def test_no_image_grows_to_an_enormous_one(short, long, size, resize, upright):
     for one in (plan, whole):
         stored = one.window[0, axis + 2] / one.resized[0, axis]
         middles.append(scale * (one.window[0, axis] + (one.offset[0, axis] + size / 2) * stored))
-    assert abs(middles[0] - middles[1]) <= 1.01  # each is rounded to a pixel
+    # Each is rounded to a pixel, and the whole's length down to one, which moves its middle by half as much.
+    assert abs(middles[0] - middles[1]) <= 1.51
 
 
 @pytest.mark.parametrize("height_width", [(3, 900), (4, 901), (800, 2), (1, 500)])

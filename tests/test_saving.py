@@ -40,7 +40,7 @@ def test_copy_is_taken_at_once_and_its_memory_kept() -> None:
 
 def test_save_that_a_clock_asks_for_is_taken_once_by_several_ranks() -> None:
     """The flag is read a step late; meanwhile the clock still says so."""
-    beats = Beats(SimpleNamespace(count=2, start_max=lambda flags: None))  # type: ignore[arg-type]
+    beats = Beats(SimpleNamespace(count=2, device=torch.device("cpu"), start_max=lambda flags: None))  # type: ignore[arg-type]
     saved, due = [], False
     for step in range(8):
         due = due or step == 3
