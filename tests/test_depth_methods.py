@@ -244,6 +244,12 @@ def test_reward_is_eq_3(gamma: float) -> None:
     torch.testing.assert_close(got, torch.tensor([1 - (5 / 6) ** 2, -gamma, 1 - (4 / 6) ** 2]))
 
 
+def test_penalty_of_a_wrong_answer_may_grow_in_the_curriculum() -> None:
+    recipe = BlockDrop(network=SMALL, gamma_from=0.1, gamma=1.0)
+    assert [recipe.penalty(at(0, share)) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.1**0.5, 1.0])
+    assert BlockDrop(network=SMALL, gamma=2.0).penalty(at(0, 0.3)) == 2.0
+
+
 def test_curriculum_grows_from_the_last_block() -> None:
     recipe = BlockDrop(network=SMALL, grow=0.5)
     decided = [recipe.decided(at(0, share)) for share in (0.0, 0.1, 0.25, 0.49, 0.5, 0.9)]
@@ -430,6 +436,7 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
         (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.3), "nothing is left for joint fine-tuning"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.1, decide="block by block"), "no policy network to train"),
+        (lambda: BlockDrop(network=SMALL, gamma_from=0.0), "by a like factor each step"),
         (lambda: BlockDrop(network=SMALL, doubt=0.2), "asks a policy network that learned the classes first"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.1, doubt=0.0), "write for instance --recipe.doubt 0.2"),
         (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),

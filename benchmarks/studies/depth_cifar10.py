@@ -118,9 +118,9 @@ ROWS = {
     "skipnet": skipnet("--recipe.alpha", "2", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
     "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
     "blockdrop": blockdrop(
-        *("--recipe.gamma", "0.1", "--recipe.joint-gamma", "0.5", "--recipe.doubt", "0.25", *BY_CLASS),
-        *("--recipe.joint-rate", "0.2"),
-        epochs=(40, 2, 8),
+        *("--recipe.gamma-from", "0.1", "--recipe.gamma", "1", "--recipe.doubt", "0.25", *BY_CLASS),
+        *("--recipe.joint-gamma", "0.5", "--recipe.joint-rate", "0.2"),
+        epochs=(40, 2, 6),
     ),
     "blockdrop without doubt": blockdrop(
         *("--recipe.gamma", "0.5", "--recipe.joint-gamma", "0.5", *BY_CLASS, "--recipe.joint-rate", "0.05"),

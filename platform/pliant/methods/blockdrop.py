@@ -33,6 +33,9 @@ class BlockDrop(GatingRecipe):
     variant of Table 2."""
     gamma: float = 1.0
     """Penalty of a wrong answer in the curriculum (Eq. 3): 1 in the authors' code; the paper prints none."""
+    gamma_from: float | None = None
+    """The same at the curriculum's start, from where it grows by a like factor each step: while wrong answers cost
+    little, blocks are dropped at all, and then it pays to be right. Default: gamma throughout."""
     joint_gamma: float = 5.0
     """The same in joint fine-tuning: 5 in the authors' code, 10 for ResNet-110."""
     alpha: float = 0.8
@@ -80,6 +83,11 @@ class BlockDrop(GatingRecipe):
         if self.policy_share and self.decide != "once":
             raise UserError(
                 "Deciding block by block there is no policy network to train first: leave --recipe.policy-share out."
+            )
+        if self.gamma_from is not None and not (self.gamma_from > 0 and self.gamma > 0):
+            raise UserError(
+                f"A penalty grows from {self.gamma_from:g} to {self.gamma:g} by a like factor each step: write "
+                "--recipe.gamma-from and --recipe.gamma above 0."
             )
         if not 0.0 < self.doubt <= 1.0:
             raise UserError(f"A chance lies in (0, 1], not {self.doubt:g}: write for instance --recipe.doubt 0.2.")
@@ -148,14 +156,20 @@ class BlockDrop(GatingRecipe):
                 loss = cross_entropy(cast(ClassPolicy, gated.gates).classes(batch.images), batch.targets)
                 yield Pass("classes", loss)
             case "curriculum":
-                yield self._curriculum(gated, batch, generator, self.decided(progress))
+                yield self._curriculum(gated, batch, generator, self.decided(progress), self.penalty(progress))
             case _:
                 yield self._joint(gated, batch, generator)
+
+    def penalty(self, progress: Progress) -> float:
+        """gamma of Eq. 3, in the curriculum."""
+        if self.gamma_from is None:
+            return self.gamma
+        return float(self.gamma_from * (self.gamma / self.gamma_from) ** progress.stage_share)
 
     def _stage(self, progress: Progress) -> str:
         return self.stages()[progress.stage].name
 
-    def _curriculum(self, net: GatedNet, batch: Batch, generator: torch.Generator, decided: int) -> Pass:
+    def _curriculum(self, net: GatedNet, batch: Batch, generator: torch.Generator, decided: int, gamma: float) -> Pass:
         """The policy alone learns. What runs for all images runs once, for both roll-outs."""
         first = net.number_of_blocks - decided
         backbone = net.backbone
@@ -182,8 +196,8 @@ class BlockDrop(GatingRecipe):
             return actions[-1]
 
         logits = roll_out(sampled)
-        reward = self.reward(logits, batch.labels, torch.stack(actions, 1), first, self.gamma)
-        advantage = reward - self._greedy_reward(ask, batch.labels, roll_out, first, self.gamma)
+        reward = self.reward(logits, batch.labels, torch.stack(actions, 1), first, gamma)
+        advantage = reward - self._greedy_reward(ask, batch.labels, roll_out, first, gamma)
         probability = torch.stack(probabilities, 1)
         loss = policy_loss(log_probability(probability, torch.stack(actions, 1)), advantage)
         if self.entropy:
