@@ -119,8 +119,8 @@ ROWS = {
     "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
     "blockdrop": blockdrop(
         *("--recipe.gamma-from", "0.1", "--recipe.gamma", "1", "--recipe.doubt", "0.25", *BY_CLASS),
-        *("--recipe.joint-gamma", "0.5", "--recipe.joint-rate", "0.2"),
-        epochs=(40, 2, 6),
+        *("--recipe.joint-gamma", "0.5", "--recipe.joint-rate", "0.05"),
+        epochs=(40, 2, 2),
     ),
     "blockdrop without doubt": blockdrop(
         *("--recipe.gamma", "0.5", "--recipe.joint-gamma", "0.5", *BY_CLASS, "--recipe.joint-rate", "0.05"),
