@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pliant import cli
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from pliant.networks.resnet import ResNet
-from tests.runs import Launch, begun_at, command, final_state, finish, only_run, same, tiny_cifar
+from tests.runs import Launch, begun_at, command, final_state, finish, logged, only_run, same, tiny_cifar
 from tests.test_resume import start, wait_for
 from tests.tiny_run import refusal
 
@@ -63,19 +63,17 @@ def run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.Tem
 
 
 def test_run_has_its_stages(run: Path) -> None:
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    names = [line["stage"] for line in entries if line["event"] == "step"]
+    names = [line["stage"] for line in logged(run, "step")]
     assert len(names) == STEPS
     assert len(dict.fromkeys(names)) == 2
-    warned = [line["text"] for line in entries if line["event"] == "warning" and "random weights" in line["text"]]
+    warned = [line["text"] for line in logged(run, "warning") if "random weights" in line["text"]]
     assert bool(warned) == (names[0] in ("gates", "curriculum")), "a stage for gates alone wants a trained network"
     assert names == sorted(names, key=names.index), "one after the other"
 
 
 def test_a_stage_may_take_more_images_a_step(run: Path) -> None:
     """BlockDrop's curriculum here: 200 images make 6 steps of 32, or 12 of 16."""
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    steps = [line for line in entries if line["event"] == "step"]
+    steps = logged(run, "step")
     assert 1 / steps[0]["epoch"] == pytest.approx(6 if steps[0]["stage"] == "curriculum" else 12)
     assert steps[-1]["epoch"] == pytest.approx(STEPS / 2 / 12)
 
@@ -176,6 +174,5 @@ def test_part_frozen_after_it_learned_is_the_same_on_all_ranks(data: Path, tmp_p
     shares = ("--recipe.policy-share", "0.25", "--verify-gradients", str(STEPS))
     for status, said in Launch(given(data, tmp_path, "blockdrop", *shares)).start().finish():
         assert status == 0, said
-    entries = [json.loads(line) for line in (only_run(tmp_path) / "log.jsonl").read_text().splitlines()]
-    stages = [line["stage"] for line in entries if line["event"] == "step"]
+    stages = [line["stage"] for line in logged(only_run(tmp_path), "step")]
     assert list(dict.fromkeys(stages)) == ["classify", "curriculum", "joint"]

@@ -36,7 +36,7 @@ class Beats:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._pending: Callable[[], list[float]] | None = None
+        self._pending: tuple[Callable[[], object], Tensor] | None = None
         self._reading = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
 
     def beat(self, nonfinite: Tensor, *, stop: bool, save: bool = False) -> Beat:
@@ -59,25 +59,19 @@ class Beats:
         """The flags not yet read."""
         if self._pending is None:
             return Beat()
-        flags = self._pending()
+        arrive, flags = self._pending
         self._pending = None
-        return Beat(*(bool(flag) for flag in flags))
+        arrive()
+        return Beat(*(bool(flag) for flag in flags.tolist()))
 
-    def _read_later(self, work: dist.Work | None, flags: Tensor) -> Callable[[], list[float]]:
-        """A function that waits for the flags and reads them.
+    def _read_later(self, work: dist.Work | None, flags: Tensor) -> tuple[Callable[[], object], Tensor]:
+        """What waits for the flags, and where they are to be read then.
 
         On a GPU they are copied out on a stream beside: on the one that computes, reading would wait for the next
         step as well, which by then is queued there.
         """
         if self._reading is None:
-
-            def read() -> list[float]:
-                if work is not None:
-                    work.wait()
-                values: list[float] = flags.tolist()
-                return values
-
-            return read
+            return (lambda: None) if work is None else work.wait, flags
         out, arrived = torch.empty_like(flags, device="cpu", pin_memory=True), torch.cuda.Event()
         self._reading.wait_stream(torch.cuda.current_stream(flags.device))
         with torch.cuda.stream(self._reading):
@@ -86,13 +80,7 @@ class Beats:
             out.copy_(flags, non_blocking=True)
             arrived.record(self._reading)
         flags.record_stream(self._reading)
-
-        def arrive() -> list[float]:
-            arrived.synchronize()
-            values: list[float] = out.tolist()
-            return values
-
-        return arrive
+        return arrived.synchronize, out
 
 
 def heeded(items: Iterable[Item], rounds: int, ranks: Ranks, interruption: Interruption) -> Iterator[Item]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,10 +129,9 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
         notes += require_same_as_begun(restored.get("images"), feed.dataset.train.fingerprint, run.path)
     net = build_net(experiment, feed.dataset.num_classes, ranks.device)
     if found is None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with _warned() as said:
             experiment.recipe.start(net)
-        notes += [str(one.message) for one in caught]
+        notes += said
     if run is not None:
         _agreed(ranks, partial(folder.keep_changes, experiment, run))
     return _Opened(
@@ -239,15 +239,24 @@ def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpo
         for name, (old, new) in changed.items()
         if rule_on_resume(name) == "warned"
     ]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _warned() as said:
         found = checkpoint.newest(run.checkpoints)
     if found is None:
-        damaged = "".join(f" ({one.message})" for one in caught)
+        damaged = "".join(f" ({text})" for text in said)
         raise UserError(
             f"{run.path} holds no whole checkpoint to go on with{damaged}: leave --resume out to begin anew."
         )
-    return run, found, [*notes, *(str(one.message) for one in caught)]
+    return run, found, [*notes, *said]
+
+
+@contextmanager
+def _warned() -> Iterator[list[str]]:
+    """Fills the list with what is warned of in the block: for the log, not for stderr."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(one.message) for one in caught]
 
 
 def _introduction(opened: _Opened) -> str:

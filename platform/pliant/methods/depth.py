@@ -46,14 +46,6 @@ class ResidualRecipe(Recipe):
     def start(self, net: nn.Module) -> None:
         if self.pretrained is not None:
             load_backbone(self.backbone(net), self.pretrained)
-            return
-        first = self.stages()[0]
-        if all(prefix.startswith("gates") for prefix in first.learns):
-            warnings.warn(
-                f"The residual network begins with random weights, which the stage {first.name} leaves as they are: "
-                "--recipe.pretrained FILE gives it trained ones.",
-                stacklevel=2,
-            )
 
     def backbone(self, net: nn.Module) -> ResidualNet:
         """The residual network in `net`."""
@@ -182,6 +174,16 @@ class GatingRecipe(GatedRecipe):
         super().__post_init__()
         if self.open_rate is not None and not 0.0 < self.open_rate < 1.0:
             raise UserError(f"An open rate lies in (0, 1): write --recipe.open-rate so, not {self.open_rate:g}.")
+
+    def start(self, net: nn.Module) -> None:
+        super().start(net)
+        first = self.stages()[0]
+        if self.pretrained is None and all(prefix.startswith("gates") for prefix in first.learns):
+            warnings.warn(
+                f"The residual network begins with random weights, which the stage {first.name} leaves as they are: "
+                "--recipe.pretrained FILE gives it trained ones.",
+                stacklevel=2,
+            )
 
     def gated(self, backbone: ResidualNet, gates: Gates, first: int = 0) -> GatedNet:
         """The two together, the gates of the blocks from `first` on open at that rate."""

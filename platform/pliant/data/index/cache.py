@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
 from tempfile import TemporaryFile
-from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -77,10 +76,8 @@ def _keep(table: Table, path: Path, folder: Path, *, alone: bool) -> Table:
     Args:
         alone: no other process writes it now; what a killed one left under the common name is written over.
     """
-    own = path if alone else path.with_stem(f"{path.stem}-{uuid4().hex}")
     try:
-        write_table(table, own)
-        own.replace(path)
+        write_table(table, path, contended=not alone)
         return open_table(path, folder)  # mapped: its pages are shared with other ranks
     except _UNUSABLE as error:
         _complain(folder, path.parent, reason(error))

@@ -87,8 +87,11 @@ class Table:
     """Why, for the first of them."""
 
 
-def write_table(table: Table, path: Path) -> None:
-    """Keep a table: whole, or not at all. Of processes that write at the same time each needs a `path` of its own.
+def write_table(table: Table, path: Path, *, contended: bool = False) -> None:
+    """Keep a table: whole, or not at all.
+
+    Args:
+        contended: other processes may write the same one meanwhile, as in `written_aside`.
 
     Raises:
         OSError: `path` cannot be written.
@@ -99,7 +102,7 @@ def write_table(table: Table, path: Path) -> None:
     }
     words = {name: getattr(listing, name) for name in ("sources", "whole", "classes", "numbered", "stamps")}
     words |= {"strict": table.strict, "reasons": table.reasons}
-    with written_aside(path, flush=True) as beside:
+    with written_aside(path, flush=True, contended=contended) as beside:
         beside.write_bytes(save(arrays, {_METADATA: json.dumps(words)}))
 
 
