@@ -15,19 +15,11 @@ import tyro
 
 from pliant import record
 from pliant.augmentation import Augmentation
+from pliant.engine.resuming import RESUME_RULES, changes, differences, rule_on_resume
 from pliant.errors import UserError
-from pliant.experiment import (
-    RESUME_RULES,
-    Batching,
-    Calibration,
-    Data,
-    Experiment,
-    Optimization,
-    Saving,
-    differences,
-    rule_on_resume,
-)
+from pliant.experiment import Batching, Calibration, Data, Experiment, Optimization, Saving
 from pliant.methods.s_net import SNet
+from pliant.methods.urnet import URNet
 from pliant.methods.us_net import USNet
 from pliant.networks.mobilenet import MobileNet
 from pliant.recipe import Stage
@@ -197,6 +189,16 @@ def test_whatever_changes_the_training_is_fixed_on_resume():
         expected = "free" if name in free else "warned" if name in warned else "fixed"
         assert rule_on_resume(name) == expected, name
     assert rule_on_resume("recipe.type") == "fixed"
+
+
+def test_weights_that_a_run_began_with_may_lie_elsewhere_when_it_is_resumed(tmp_path):
+    """It has long read them. A run that began with none is another run."""
+    begun, moved, none = (
+        dataclasses.replace(UNUSUAL, recipe=URNet(pretrained=path)) for path in (Path("a"), Path("b"), None)
+    )
+    assert changes(begun, moved, tmp_path) == ["recipe.pretrained was a and is b from here on."]
+    with pytest.raises(UserError, match=r"recipe\.pretrained was a and is None"):
+        changes(begun, none, tmp_path)
 
 
 def test_every_rule_on_resume_names_a_setting():

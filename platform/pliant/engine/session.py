@@ -26,6 +26,7 @@ from pliant.engine.interruption import listening
 from pliant.engine.launch import honoured
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
+from pliant.engine.resuming import changes
 from pliant.engine.sameness import require_same_as_begun, require_same_on_ranks
 from pliant.engine.saving import Saver
 from pliant.engine.schedule import Schedule, make_schedule
@@ -33,7 +34,7 @@ from pliant.engine.telemetry import Telemetry
 from pliant.engine.trainer import Trainer
 from pliant.engine.watchdog import watchdog
 from pliant.errors import UserError, printable
-from pliant.experiment import Experiment, differences, rule_on_resume
+from pliant.experiment import Experiment
 from pliant.randomness import philox
 
 T = TypeVar("T")
@@ -227,18 +228,7 @@ def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpo
     run = folder.newest(experiment) if experiment.resume == "auto" else RunFolder(Path(experiment.resume))
     if run is None:
         return None, None, []
-    changed = differences(record.load(run.path), experiment)
-    fixed = [name for name in changed if rule_on_resume(name) == "fixed"]
-    if fixed:
-        listed = "; ".join(f"{name} was {changed[name][0]} and is {changed[name][1]}" for name in fixed)
-        raise UserError(
-            f"{run.path} was begun with other settings: {listed}. Write the old ones, or leave --resume out."
-        )
-    notes = [
-        f"{name} was {old} and is {new} from here on."
-        for name, (old, new) in changed.items()
-        if rule_on_resume(name) == "warned"
-    ]
+    notes = changes(record.load(run.path), experiment, run.path)
     with _warned() as said:
         found = checkpoint.newest(run.checkpoints)
     if found is None:
