@@ -212,9 +212,9 @@ def test_policy_by_class_is_the_mean_of_the_classes_decisions() -> None:
     with torch.no_grad():
         ask = gates.begin(batch().images, None)
         answer = torch.stack([ask(number, batch().images) for number in range(SMALL.number_of_blocks)], 1)
-        by_class = gates.fc.weight.T + gates.fc.bias
+        by_class = gates.GAIN * (gates.fc.weight.T + gates.fc.bias)
         torch.testing.assert_close(answer, gates.classes(batch().images).softmax(1) @ by_class)
-    assert gates.fc.bias.sigmoid().tolist() == pytest.approx([0.8] * SMALL.number_of_blocks)
+    assert (gates.GAIN * gates.fc.bias).sigmoid().tolist() == pytest.approx([0.8] * SMALL.number_of_blocks)
     assert gates.net.fc.bias.abs().max() < 1, "what tells the classes is left as drawn"
     assert sum(gates.macs(net.backbone, 32)) == cost(gates.net, 32).total + 5 * SMALL.number_of_blocks
 

@@ -51,7 +51,8 @@ class BlockDrop(GatingRecipe):
     policy_share: float = 0.0
     """Share of the run in which the policy network first learns to tell the classes apart; the curriculum then trains a
     layer behind it, which holds the decisions of each class. That takes some hundred steps, where the paper's policy
-    network learns all of it from rewards in 5,000 epochs. 0: as the paper has it."""
+    network learns all of it from rewards in 5,000 epochs. In joint fine-tuning that layer learns on and what tells the
+    classes stays frozen: rewards would unlearn them. 0: as the paper has it."""
     doubt: float = 1.0
     """Beside a policy share: all blocks run where the policy network gives its likeliest class a chance of more than
     this to be wrong, for instance 0.2; a search that changes one block at a time does not come upon that. 1: never."""
@@ -129,6 +130,7 @@ class BlockDrop(GatingRecipe):
             ),
             Stage(
                 name="joint",
+                learns=("backbone", "gates.fc") if self.policy_share else ("",),
                 share=1.0 - self.policy_share - self.curriculum_share,
                 learning_rate=self.joint_rate,
             ),

@@ -242,15 +242,25 @@ class ClassPolicy(PolicyNetwork):
     a chance of more than `doubt`, all blocks run.
     """
 
+    GAIN = 10.0
+    """Factor on what the layer says. Adam moves all weights by about the learning rate a step, however small it is for
+    the sake of trained features beside it; decisions have units to go, and features hundredths."""
+
     def __init__(self, spec: ResNet, blocks: int, classes: int, *, pool: int = 1, doubt: float = 1.0) -> None:
         super().__init__()
         self.pool, self.doubt = pool, doubt
         self.net = spec.build(classes)
         self.fc = nn.Linear(classes, blocks)
+        with torch.no_grad():
+            self.fc.weight.div_(self.GAIN)
+            self.fc.bias.div_(self.GAIN)
 
     @property
     def answers(self) -> nn.Linear:
         return self.fc
+
+    def lean(self, logit: float) -> None:
+        super().lean(logit / self.GAIN)
 
     def classes(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, K)."""
@@ -260,7 +270,7 @@ class ClassPolicy(PolicyNetwork):
     def logits(self, images: Tensor, scale: float | None) -> Tensor:
         likely = self.classes(images).softmax(1)
         unsure = 1 - likely.amax(1, keepdim=True) > self.doubt
-        return torch.where(unsure, _OPEN, self.fc(likely))
+        return torch.where(unsure, _OPEN, self.GAIN * self.fc(likely))
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
         first, *others = super().macs(backbone, side)
