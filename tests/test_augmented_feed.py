@@ -44,7 +44,7 @@ def assert_all_same(one: Batch, other: Batch) -> None:
     assert torch.equal(one.targets, other.targets)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     settings_=st.tuples(st.sampled_from(AUGMENTS), st.sampled_from(ERASINGS), st.sampled_from(MIXES)),
     ranks=st.integers(1, 3),

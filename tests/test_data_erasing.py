@@ -42,7 +42,7 @@ class Handed:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**63 - 1), side=st.integers(2, 40), probability=st.sampled_from((0.25, 1.0)))
 def test_erased_pixels_are_timm_s(mode, seed, side, probability):
     images = 9

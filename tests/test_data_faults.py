@@ -179,7 +179,7 @@ def test_a_stand_in_may_be_broken_too(loader, folder):
     assert len(feed.faults.found) == 3
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     known=st.sets(st.integers(0, 23), max_size=4),
     late=st.sets(st.integers(0, 23), max_size=4),

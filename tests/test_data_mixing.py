@@ -50,7 +50,7 @@ def batch(images: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, torch.randint(CLASSES, (images,), generator=generator)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**63 - 1),
     mixes=st.sampled_from(MIXES),

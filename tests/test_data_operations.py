@@ -107,7 +107,7 @@ def handed():
         yield stand_in
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**63 - 1), ops=st.integers(1, 4), magnitude=st.integers(0, 30))
 def test_randaugment_does_with_its_draws_what_torchvision_does(handed, seed, ops, magnitude):
     images, side = 12, 20
@@ -127,7 +127,7 @@ def test_randaugment_does_with_its_draws_what_torchvision_does(handed, seed, ops
     assert_same_images(changed(pixels(images, side), plan), want, kinds)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**63 - 1), policy=st.sampled_from(sorted(POLICIES)))
 def test_autoaugment_does_with_its_draws_what_torchvision_does(handed, seed, policy):
     images, side = 25, 20

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,7 +29,6 @@ def draws(seed: int):
     return lambda purpose: philox(seed, purpose)
 
 
-@settings(deadline=None)
 @given(shapes=shapes, seed=st.integers(0, 1000), low=st.floats(0.001, 1.0))
 def test_windows_lie_inside_the_image(shapes, seed, low):
     sizes = np.array([*shapes, (1, 1), (20_000, 3), (3, 20_000)], np.int32)
@@ -58,7 +57,6 @@ def reference_window(height, width, scale, shares, aspects, place):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@settings(deadline=None)
 @given(shapes=shapes, seed=st.integers(0, 1000))
 def test_windows_equal_those_of_a_loop_over_the_same_draws(shapes, seed):
     sizes = np.array(shapes, np.int32)
@@ -93,7 +91,6 @@ def test_windows_have_the_distribution_of_torchvision():
 
 
 @pytest.mark.parametrize("resize", [None, 40, 32, 20])
-@settings(deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90))
 def test_centre_plan_has_the_numbers_of_torchvision(resize, height, width):
     data = Data(size=32, resize=resize)
@@ -107,7 +104,6 @@ def test_centre_plan_has_the_numbers_of_torchvision(resize, height, width):
     assert tuple(plan.offset[0]) == tuple((corner - inside[0]).tolist())
 
 
-@settings(deadline=None)
 @example(short=5, long=471, size=1, resize=471, upright=False)
 @given(
     short=st.integers(1, 40),

@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cifar(tmp_path_factory.mktemp("data"))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     ranks=st.integers(1, 4),
     micro_batches=st.integers(4, 9),

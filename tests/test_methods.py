@@ -100,7 +100,7 @@ def test_max_with_one_pass_is_plain_training():
     other=st.integers(51, 99),
     rule=st.sampled_from(("sandwich", "max", "min", "random")),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_micro_batches_of_a_step_share_their_widths_and_steps_do_not(step, one, other, rule):
     recipe = USNet(network=TINY, rule=rule, n=4, distill=False)
     net = SimpleNamespace(groups=("a", "b"))

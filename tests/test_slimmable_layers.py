@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pliant.networks.slimmable import SlimmableBatchNorm2d, SlimmableConv2d, SlimmableLinear, active_channels
 
 ratios = st.floats(0, 1, exclude_min=True)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 @st.composite
