@@ -152,9 +152,12 @@ def test_first_block_of_a_skipnet_always_runs() -> None:
     assert outcome.macs.tolist() == [backbone.always + backbone.residual[0] + gates] * IMAGES
 
 
-def test_skipnet_s_gradient_is_eq_6() -> None:
-    """Against the formula written out, decision by decision and image by image."""
-    recipe = SkipNet(network=SMALL, learning="hrl", alpha=0.7, beta=0.9, rl_weight=0.5, gate="pooled")
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_skipnet_s_gradient_is_eq_6(temperature: float) -> None:
+    """Against the formula written out, decision by decision and image by image; a temperature divides the logits."""
+    recipe = SkipNet(
+        network=SMALL, learning="hrl", alpha=0.7, beta=0.9, rl_weight=0.5, gate="pooled", temperature=temperature
+    )
     net = built(recipe)
     reference = copy.deepcopy(net)
     draw = Draw(0, 0, 5, 0)
@@ -162,7 +165,7 @@ def test_skipnet_s_gradient_is_eq_6() -> None:
     generator = draw.generator(purpose="gates")
     walk = reference(
         batch().images,
-        lambda number, z: torch.bernoulli(z.detach().sigmoid(), generator=generator),
+        lambda number, z: torch.bernoulli((z.detach() / temperature).sigmoid(), generator=generator),
         runner("masked", "around"),
     )
     losses = cross_entropy(walk.logits, batch().labels, reduction="none")
@@ -170,7 +173,7 @@ def test_skipnet_s_gradient_is_eq_6() -> None:
     total = losses.mean()
     for image in range(IMAGES):
         for gate in range(gates):
-            action, p = walk.open[image, gate + 1], walk.gate_logits[image, gate].sigmoid()
+            action, p = walk.open[image, gate + 1], (walk.gate_logits[image, gate] / temperature).sigmoid()
             later = sum((1 - walk.open[image, other + 1]) for other in range(gate, gates))
             r = -(0.9 * losses[image].detach() - 0.7 / gates * later)
             total = total - 0.5 * (p if action == 1 else 1 - p).log() * r.detach() / IMAGES
@@ -290,6 +293,37 @@ def test_curriculum_s_gradient_is_eq_6_and_its_network_stays() -> None:
     for mine, theirs in zip(net.gates.parameters(), reference.gates.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4)
     assert advantage.abs().sum() > 0
+
+
+def test_gradient_of_joint_fine_tuning_is_algorithm_1_s() -> None:
+    """Cross-entropy along the sampled blocks, and the policy gradient of Eq. 6 with them."""
+    recipe = BlockDrop(network=SMALL, alpha=0.8, joint_gamma=3.0)
+    net = built(recipe, stage=1)
+    reference, aside = copy.deepcopy(net), copy.deepcopy(net)
+    images, draw = batch().images, Draw(0, 1, 7, 0)
+
+    def answer(among: nn.Module, actions: Tensor) -> Tensor:
+        return among.backbone(images, lambda number, x: actions[:, number], runner("masked", "inside"))
+
+    s = reference.gates.logits(images, None).sigmoid()
+    bound = 0.8 * s + 0.2 * (1 - s)
+    generator = draw.generator(purpose="policy")
+    u = torch.stack([torch.bernoulli(bound[:, k].detach(), generator=generator) for k in range(6)], 1)
+    greedy = (s >= 0.5).float()
+    logits, plain = answer(reference, u), answer(aside, greedy).argmax(1)
+    labels = torch.where(torch.arange(IMAGES) % 2 == 0, plain, logits.argmax(1))  # each policy is right here and there
+
+    def reward(right: Tensor, actions: Tensor) -> Tensor:
+        return torch.where(right, 1 - (actions.sum(1) / 6) ** 2, torch.tensor(-3.0))
+
+    advantage = reward(logits.argmax(1) == labels, u) - reward(plain == labels, greedy)
+    assert advantage.unique().numel() > 2
+    likely = (bound * u + (1 - bound) * (1 - u)).log().sum(1)
+    (cross_entropy(logits, labels) - (likely * advantage).mean()).backward()
+    only(recipe.iteration(net, unmixed(images, labels), draw, at(1))).loss.backward()
+    for (name, mine), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
+        assert theirs.grad is not None, name
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def test_baseline_of_joint_fine_tuning_leaves_running_statistics_alone() -> None:

@@ -112,6 +112,21 @@ def test_learning_rate_climbs_and_falls_anew_in_each_stage_times_its_factor(shap
     assert [schedule.lr(1, step) for step in range(20)] == pytest.approx([0.1 * rate for rate in first])
 
 
+def test_rate_ends_at_the_floor_and_nothing_lies_below_it():
+    for shape in ("linear", "cosine"):
+        schedule = make_schedule((Stage(),), Optimization(lr=2.0, floor=0.1, steps=1000, schedule=shape), [10])
+        rates = [schedule.lr(0, step) for step in range(1000)]
+        assert rates[0] == 2.0
+        assert rates[500] == pytest.approx(1.1), "halfway between peak and floor"
+        assert 0.2 < rates[-1] == min(rates) < 0.202
+
+
+def test_rate_in_steps_is_a_tenth_from_one_half_and_a_hundredth_from_three_quarters():
+    schedule = make_schedule((Stage(),), Optimization(lr=2.0, steps=40, schedule="steps"), [10])
+    rates = [schedule.lr(0, step) for step in range(40)]
+    assert rates == pytest.approx([2.0] * 20 + [0.2] * 10 + [0.02] * 10)
+
+
 def test_stage_without_a_step_is_refused():
     with pytest.raises(UserError, match=r"Stage stage1 has no step in a run of 5: write more --optimization\.epochs"):
         make_schedule(stages_of([99, 1]), Optimization(steps=5), [10, 10])
