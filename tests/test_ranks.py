@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -15,9 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from pliant.data import Batch as FedBatch
 from pliant.engine.backends import Backend, wrap
 from pliant.engine.backends.single import Single
 from pliant.engine.batchnorm import RunningStatistics, calibrate, flat, mean_over_ranks, running_buffers
+from pliant.engine.evaluation import Rows, evaluate
 from pliant.engine.optimization import set_learning
 from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks, join, leave
@@ -32,7 +35,7 @@ from pliant.methods.us_net import USNet
 from pliant.networks.mobilenet import MobileNet
 from pliant.networks.resnet import ResNet
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Progress, Recipe, Width
+from pliant.recipe import Batch, Measurement, Point, Progress, Recipe, Scale, Width
 from tests.small_recipes import ALL, unmixed
 from tests.test_step import micro_batch, progress_at
 
@@ -238,6 +241,45 @@ def test_post_statistics_are_the_same_on_1_2_and_4_ranks(tmp_path: Path) -> None
             assert one.keys() == several.keys()
             for name, value in one.items():
                 torch.testing.assert_close(several[name], value, atol=1e-5, rtol=1e-5)
+
+
+def _evaluates(ranks: Ranks, sizes: tuple[int, ...]) -> None:
+    recipe = URNet(network=R8)
+    torch.manual_seed(2)
+    net = recipe.build(3).eval()
+    with torch.no_grad():  # as drawn, gates hardly differ between images
+        for parameter in net.gates.parameters():
+            parameter.mul_(8.0)
+    ends = [0, *itertools.accumulate(sizes)]
+    micro = micro_batch(0, images=sum(sizes))
+    batches = [
+        FedBatch(micro.images[start:end], micro.labels[start:end], torch.arange(start, end), micro.labels[start:end])
+        for start, end in itertools.pairwise(ends)
+    ]
+    points = (Scale(0.3), Scale(1.0))
+
+    def measured(own: list[FedBatch], among: Ranks) -> tuple[list[Measurement], dict[Point, Rows]]:
+        rows: dict[Point, Rows] = {}
+        precision = Precision("fp32", among.device)
+        nets = dict.fromkeys(points, net)
+        return evaluate(recipe, nets, own, precision=precision, ranks=among, rows=rows), rows
+
+    alone, expected = measured(batches, Ranks(0, 1, torch.device("cpu")))
+    together, found = measured(batches[ranks.rank :: ranks.count], ranks)
+    assert alone[0].figures["policies"] > 1
+    for one, other in zip(alone, together, strict=True):
+        assert (one.point, one.images, one.figures) == (other.point, other.images, other.figures)
+        for name in ("top1", "top5", "loss", "macs", "macs_sd"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6), name
+    for point in points:
+        order = found[point]["position"].argsort()
+        for name, values in expected[point].items():
+            torch.testing.assert_close(found[point][name][order], values)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 3), (8, 5)], ids=["a short batch", "a rank without images"])
+def test_three_ranks_measure_what_one_does_image_by_image(sizes: tuple[int, ...]) -> None:
+    spawn(_evaluates, 3, sizes)
 
 
 def test_share_is_a_partition() -> None:
