@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pliant import cli, record
 from pliant.errors import UserError
 from pliant.report import spectrum as report
+from tests.runs import logged, only_run, tiny_cifar
 from tests.tiny_run import MICRO, TEST_IMAGES, refusal, train_tiny, write_recipe
 
 POINTS = ("0.5x", "0.75x", "1x")
@@ -173,3 +174,21 @@ def test_run_of_another_network_than_its_checkpoint_s_is_refused(run, tmp_path, 
 def test_run_whose_spectrum_was_never_measured_has_none_to_show(tmp_path):
     with pytest.raises(UserError, match=f"has no spectrum yet: write pliant spectrum {tmp_path}"):
         report.read(tmp_path)
+
+
+def test_best_on_the_held_out_images_is_kept_and_measured(tmp_path):
+    """A rate far too high: the network is at its best early on, long gone from the newest checkpoints."""
+    tiny_cifar(tmp_path / "data", TEST_IMAGES)
+    followed = ("--data.held-out", "40", "--evaluate-epochs", "0.4", "--saving.every-steps", "1")
+    wild = ("--optimization.steps", "20", "--optimization.lr", "3")
+    cli.main(["train", str(write_recipe(tmp_path)), *followed, *wild])
+    run = only_run(tmp_path / "runs")
+    scores = {line["step"]: sum(point["top1"] for point in line["lines"]) for line in logged(run, "held_out")}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert best < 18
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (best, 19, 20)
+    ]
+    cli.main(["spectrum", str(run), "--checkpoint", "best", "--split", "held_out", "--at", "0.5", "1"])
+    found = report.read(run)
+    assert (found["step"], found["split"]) == (best, "held_out")
