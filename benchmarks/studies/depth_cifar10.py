@@ -110,7 +110,7 @@ OLD = ("--optimization.lr=1e-3", "--recipe.joint-rate=0.3", "--recipe.joint-gamm
 
 BY_CLASS = (
     *("--recipe.alpha", "0.9", "--recipe.grow", "0.05", "--recipe.open-rate", "0.5"),
-    *("--optimization.lr", "4e-3", "--recipe.curriculum-rate", "25"),
+    *("--optimization.lr", "4e-3", "--recipe.curriculum-rate", "2.5"),
 )
 """BlockDrop's settings where the policy network learns the classes first."""
 
@@ -119,8 +119,8 @@ ROWS = {
     "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
     "blockdrop": blockdrop(
         *("--recipe.gamma-from", "0.1", "--recipe.gamma", "1", "--recipe.doubt", "0.25", *BY_CLASS),
-        *("--recipe.joint-gamma", "0.5", "--recipe.joint-rate", "0.05"),
-        epochs=(40, 2, 2),
+        *("--recipe.joint-rate", "0.25"),
+        epochs=(40, 2, 12),
     ),
     "blockdrop without doubt": blockdrop(
         *("--recipe.gamma", "0.5", "--recipe.joint-gamma", "0.5", *BY_CLASS, "--recipe.joint-rate", "0.05"),
@@ -129,9 +129,9 @@ ROWS = {
     "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),
     "urnet p 0.2": urnet("--recipe.p", "0.2", "--recipe.gates-p", "0.5"),
     "skipnet alpha 5": skipnet("--recipe.alpha", "5", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
-    "skipnet alpha 0.7": skipnet(
-        *("--recipe.alpha", "0.7", "--recipe.open-rate", "0.8", "--optimization.lr=0.02", "--recipe.hrl-rate", "0.5"),
-        *("--recipe.hrl-schedule", "cosine", "--recipe.rl-weight", "1"),
+    "skipnet alpha 0.5": skipnet(
+        *("--recipe.alpha", "0.5", "--recipe.open-rate", "0.8", "--optimization.lr=0.02", "--recipe.hrl-rate", "1"),
+        *("--recipe.hrl-schedule", "cosine", "--recipe.rl-weight", "0.03"),
         epochs=(3, 12),
     ),
     "skipnet soft": skipnet("--recipe.learning", "soft", "--recipe.open-rate", "0.8", epochs=(18,)),
