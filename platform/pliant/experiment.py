@@ -198,7 +198,8 @@ class Optimization:
     clip: float | None = None
     """Largest norm of the gradient; a larger one is scaled down to it. Default: no clipping."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, evaluated in their place; default: none."""
+    """Decay of an exponential moving average of the weights, evaluated in their place; after t steps at most t / (t +
+    10), or the weights that a run began with would fill the average of a short one. Default: none."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 0:

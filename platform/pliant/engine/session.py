@@ -279,4 +279,5 @@ def _make_ema(experiment: Experiment, net: nn.Module) -> Any:
     make_importable()
     from timm.utils.model_ema import ModelEmaV3  # slow to import
 
-    return ModelEmaV3(net, decay=experiment.optimization.ema)
+    # The decay of an update is at most 1 - 10 / (10 + updates before it).
+    return ModelEmaV3(net, decay=experiment.optimization.ema, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)

@@ -217,7 +217,7 @@ class Trainer:
         done = self.backend.update(lr)
         self.running.settle(done.nonfinite)
         if self.ema is not None:
-            self.ema.update(self.net)
+            self.ema.update(self.net, self.state.step + 1)
         return losses, done
 
     def _heed(self, beat: Beat) -> Beat:
