@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from pliant.engine.folder import RunFolder
@@ -100,7 +100,8 @@ class Telemetry:
         self._speaks = first
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task = TaskID(0)
+        self._last: Window | None = None
         self._step = step
         self._boards: SummaryWriter | None = None
         self._complained = False
@@ -112,10 +113,11 @@ class Telemetry:
                 BarColumn(bar_width=None),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[left]}", style="progress.remaining"),
                 console=self._console,
                 transient=True,
             )
+            self._task = self._bar.add_task("first steps", total=None, figures="", left="")
             self._bar.start()
         return self
 
@@ -124,6 +126,8 @@ class Telemetry:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+            if self._last is not None:
+                self.say(self._last.line())  # the bar takes its words with it
         if self._boards is not None:
             self._guard(self._boards.close)
 
@@ -150,13 +154,16 @@ class Telemetry:
         if self._bar is None:
             self.say(window.line())
         else:
-            figures = window.speed()
             losses = "  ".join(f"{name} {value:.3f}" for name, value in window.losses.items())
-            if self._task is None:
-                self._task = self._bar.add_task(window.stage, total=window.steps, figures=figures)
             self._bar.update(
-                self._task, completed=window.step, description=f"epoch {window.epoch:.1f}  {losses}", figures=figures
+                self._task,
+                total=window.steps,
+                completed=window.step,
+                description=f"epoch {window.epoch:.1f}  {losses}",
+                figures=window.speed(),
+                left=f"left {duration(window.seconds_left)}",
             )
+            self._last = window
         self._log({"event": "step", **window.__dict__})
         scalars = {f"loss/{name}": value for name, value in window.losses.items()}
         scalars |= {f"metrics/{name}": value for name, value in window.metrics.items()}
