@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pliant.engine import checkpoint
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.runs import (
     arguments,
@@ -102,6 +103,25 @@ def test_signal_stops_after_the_step_with_a_checkpoint(
     assert losses(only_run(tmp_path)) == losses(undisturbed)
     assert [line["step"] for line in logged(only_run(tmp_path), "step")] == list(range(1, 13)), "none is taken again"
     assert begun_at(only_run(tmp_path))[-1] >= 5
+
+
+def test_run_that_still_trains_is_not_resumed_beside_itself(data: Path, tmp_path: Path) -> None:
+    """After Ctrl-C some launchers give the prompt back while the last step is still taken."""
+    given = command(*arguments(data, tmp_path, **SETTINGS | {"optimization.steps": 5000}))
+    process = start(given)
+    wait_for(process, "step 4/5000")
+    run = only_run(tmp_path)
+    while checkpoint.newest(run.joinpath("checkpoints")) is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGSTOP)
+    hasty = finish([*given, "--resume", str(run)])
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    _, complaints = process.communicate(timeout=60)
+    assert hasty.returncode == 2
+    assert f"Another process is training in {run}: wait for its end" in hasty.stderr
+    assert "Traceback" not in hasty.stderr
+    assert process.returncode == EXIT_INTERRUPTED, complaints
 
 
 def test_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -20,13 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from pliant import record
 from pliant.aside import written_aside
 from pliant.errors import UserError
 from pliant.experiment import Experiment
 
-_PACKAGES = ("pliant", "torch", "torchvision", "timm", "numpy", "pillow", "accelerate", "nvidia-dali-cuda120")
+_PACKAGES = (
+    *("pliant", "torch", "torchvision", "timm", "numpy", "pillow", "accelerate", "deepspeed"),
+    *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,3 +139,24 @@ def newest(experiment: Experiment) -> RunFolder | None:
         if any(path.glob("checkpoints/step-*[0-9]")):
             return RunFolder(path)
     return None
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A run's folder is this process's alone; the end of the process gives it back, however it ends.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    lock = FileLock(path / "training.lock")
+    with suppress(NotImplementedError, OSError):  # there are file systems without locks
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"Another process is training in {path}: wait for its end, or leave --resume out to begin a new run."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
     opened = _open(honoured(experiment), ranks, recipe_file)
     experiment, feed, run = opened.experiment, opened.feed, opened.run
     with (
+        _alone_in(run.path, ranks),
         Telemetry(run, first=ranks.first, step=opened.step) as telemetry,
         Saver(run.checkpoints, ranks, experiment.saving, telemetry.warn) as saver,
         watchdog(run.path, ranks, experiment.timeout_minutes) as guard,
@@ -215,6 +216,14 @@ def _agreed(ranks: Ranks, decide: Callable[[], T]) -> T:
         raise answer
     decided: T = answer
     return decided
+
+
+@contextmanager
+def _alone_in(path: Path, ranks: Ranks) -> Iterator[None]:
+    """Collective. These ranks alone train in a run's folder: a run that was stopped may still be at its last step."""
+    with ExitStack() as stack:
+        _agreed(ranks, lambda: stack.enter_context(folder.held(path)))
+        yield
 
 
 def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpoint | None, list[str]]:
