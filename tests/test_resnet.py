@@ -53,7 +53,14 @@ def test_cost_is_the_published_one(spec: ResNet, side: int, millions: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("spec", "side"), [(ResNet(depth=20, shortcut="conv"), 32), (ResNet(form="imagenet", depth=50), 64)]
+    ("spec", "side"),
+    [
+        (ResNet(depth=20, shortcut="conv"), 32),
+        (ResNet(form="imagenet", depth=50), 64),
+        (ResNet(form="imagenet", depth=50), 75),
+        (ResNet(form="imagenet", depth=10), 112),
+        (ResNet(depth=14, shortcut="conv"), 31),
+    ],
 )
 def test_cost_is_what_runs(spec: ResNet, side: int) -> None:
     """Block by block: closed ones are not counted by torch's own counter either."""

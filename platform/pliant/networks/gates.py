@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.networks.resnet import ResidualNet, ResNet, cost
+from pliant.networks.resnet import ResidualNet, ResNet, cost, input_sides
 
 Ask = Callable[[int, Tensor], Tensor]
 """From a block's number and input (B, C, H, W) to logits (B,)."""
@@ -74,7 +74,7 @@ class GatePerBlock(Gates):
         return ask
 
     def macs(self, backbone: ResidualNet, side: int) -> tuple[int, ...]:
-        sides = _input_sides(backbone, side)
+        sides = input_sides(backbone, side)
         own = [cast(Gate, gate).macs(sides[self.first + index]) for index, gate in enumerate(self.gates)]
         return (*(0 for _ in range(self.first)), *own)
 
@@ -297,13 +297,3 @@ def _lean(layer: nn.Linear, *answers: float) -> None:
     """Its answers are about these until something is learned; one value stands for all."""
     layer.weight.mul_(0.1)
     layer.bias.copy_(torch.tensor(answers))
-
-
-def _input_sides(backbone: ResidualNet, side: int) -> list[int]:
-    """Pixels a side of each block's input."""
-    now = side if backbone.spec.form == "cifar" else side // 4
-    sides = []
-    for block in backbone.blocks():
-        sides.append(now)
-        now //= block.stride
-    return sides

@@ -258,25 +258,33 @@ class Cost:
         return self.always + sum(self.residual)
 
 
+def input_sides(net: ResidualNet, side: int) -> list[int]:
+    """Pixels a side of each block's input, for an image of `side` x `side` pixels."""
+    now = side if net.spec.form == "cifar" else _halved(_halved(side))
+    sides = []
+    for block in net.blocks():
+        sides.append(now)
+        now = now if block.stride == 1 else _halved(now)
+    return sides
+
+
 def cost(net: ResidualNet, side: int) -> Cost:
     """What an image of `side` x `side` pixels costs."""
-    pixels = side * side // (1 if net.spec.form == "cifar" else 4)
-    stem = _macs(net.conv1, pixels)
-    pixels //= 1 if net.spec.form == "cifar" else 4
+    stem = _macs(net.conv1, side if net.spec.form == "cifar" else _halved(side))
     residual, shortcut = [], []
-    for block in net.blocks():
-        before, pixels = pixels, pixels // block.stride**2
+    for block, entering in zip(net.blocks(), input_sides(net, side), strict=True):
+        leaving = entering if block.stride == 1 else _halved(entering)
         convolutions = [module for name, module in block.named_children() if name.startswith("conv")]
         residual.append(
             sum(
                 # A stride acts in one convolution: those before it see the larger input.
-                _macs(conv, before if _before_stride(block, conv) else pixels)
+                _macs(conv, entering if _before_stride(block, conv) else leaving)
                 for conv in convolutions
                 if isinstance(conv, nn.Conv2d)
             )
         )
         projected = block.downsample[0] if isinstance(block.downsample, nn.Sequential) else None
-        shortcut.append(_macs(projected, pixels) if isinstance(projected, nn.Conv2d) else 0)
+        shortcut.append(_macs(projected, leaving) if isinstance(projected, nn.Conv2d) else 0)
     return Cost(stem + net.fc.weight.numel(), tuple(residual), tuple(shortcut))
 
 
@@ -284,5 +292,11 @@ def _before_stride(block: Block, conv: nn.Conv2d) -> bool:
     return isinstance(block, Bottleneck) and conv is block.conv1
 
 
-def _macs(conv: nn.Conv2d, pixels: int) -> int:
-    return conv.weight.numel() * pixels
+def _halved(side: int) -> int:
+    """By a convolution or pooling with stride 2, padded: of an odd side the half is rounded up."""
+    return (side + 1) // 2
+
+
+def _macs(conv: nn.Conv2d, side: int) -> int:
+    """Of a result of `side` x `side` pixels."""
+    return conv.weight.numel() * side * side
