@@ -107,4 +107,5 @@ def _description(trained: Trained, point: Point, size: int) -> dict[str, object]
         "logits": "float32, (batch, classes)",
         "classes": list(trained.feed.dataset.classes),
         "trained": f"{trained.experiment.name}, {trained.step} steps",
+        "generated": trained.feed.dataset.generated,  # what it was trained on: no photographs
     }

@@ -265,7 +265,7 @@ def _introduction(opened: _Opened) -> str:
     return (
         f"{experiment.name}: {type(experiment.recipe).__name__}, {parameters:,} parameters, "
         f"{dataset.num_classes} classes\n"
-        f"{len(dataset.train)} training images{held}, by {feed.loader}; {opened.schedule.total} steps of "
+        f"{len(dataset.train)} {'generated ' if dataset.generated else ''}training images{held}, by {feed.loader}; {opened.schedule.total} steps of "
         f"{experiment.batch.images} images in micro-batches of {experiment.batch.micro}, {experiment.precision}"
         f"{_backend(experiment)}\n"
         f"run folder {opened.run.path}"

@@ -102,8 +102,9 @@ def picture(path: Path, above: str) -> Iterator[Any]:
 
 def _curve(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
     for line, cost, accuracy in _apart(plot(axes, lines, color="#1f5fa8")):
+        # Below and to the right: the curve rises, and no other point lies there.
         axes.annotate(
-            line["point"], (cost, accuracy), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+            line["point"], (cost, accuracy), textcoords="offset points", xytext=(4, -4), ha="left", va="top", fontsize=8
         )
 
 

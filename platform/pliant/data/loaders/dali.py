@@ -222,7 +222,8 @@ def available() -> bool:
 
 
 def _import(module: str) -> Any:
-    return optional_import(module, extra="dali-cuda12", purpose="The loader dali")
+    extra = "dali-cuda13" if (torch.version.cuda or "").startswith("13") else "dali-cuda12"
+    return optional_import(module, extra=extra, purpose="The loader dali")
 
 
 def _telling(error: RuntimeError) -> str:
