@@ -181,3 +181,4 @@ def test_padded_crops_reach_every_offset():
     for axis in (0, 1):
         np.testing.assert_array_equal(np.unique(plan.offset[:, axis]), np.arange(-PAD, PAD + 1))
     assert plan.size == 32
+    assert not padded_plan(100, 32, Data(source="svhn", padded_crop=False), draws(0)).offset.any()

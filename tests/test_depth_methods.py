@@ -22,7 +22,7 @@ from pliant.networks.execution import runner
 from pliant.networks.gated import threshold
 from pliant.networks.resnet import ResNet, cost
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Native, Pass, Progress, Recipe, Scale, Width, parse_point
+from pliant.recipe import Batch, Measurement, Native, Pass, Progress, Recipe, Scale, Width, parse_point
 from tests.small_recipes import unmixed
 
 SMALL = ResNet(depth=14)
@@ -338,6 +338,22 @@ def test_baseline_of_joint_fine_tuning_leaves_running_statistics_alone() -> None
         assert torch.equal(mine, theirs), name
 
 
+def test_best_checkpoint_goes_by_what_the_method_is_rewarded_for() -> None:
+    """All blocks for a tenth of a point more are no better."""
+
+    def measured(top1: float, loss: float, blocks: float) -> list[Measurement]:
+        figures = {"blocks": blocks, "blocks_sd": 0.0, "policies": 1.0}
+        return [Measurement(point="native", images=100, top1=top1, top5=1.0, loss=loss, figures=figures)]
+
+    few, all_of_them = measured(0.900, 0.30, 3.0), measured(0.901, 0.29, 6.0)
+    for recipe in (BlockDrop(network=SMALL), SkipNet(network=SMALL)):
+        assert recipe.score(few) > recipe.score(all_of_them)
+    assert BlockDrop(network=SMALL, joint_gamma=2.0).score(few) == pytest.approx(0.9 * (1 - 0.25) - 2.0 * 0.1)
+    assert SkipNet(network=SMALL, alpha=0.5).score(few) == pytest.approx(-0.3 + 0.5 * 3 / 5)
+    sp = SkipNet(network=SMALL, learning="sp")
+    assert sp.score(few) < sp.score(all_of_them)
+
+
 @pytest.mark.parametrize(
     ("groups", "keep", "kept"),
     [((5, 5, 5), 10, (0, 1, 2, 3, 5, 6, 7, 10, 11, 12)), ((3, 4, 2), 8, (0, 1, 2, 3, 4, 5, 7, 8)), ((2, 2), 0, ())],
@@ -465,6 +481,9 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
     [
         (lambda: SkipNet(network=ResNet(depth=33)), "depth 6n . 2, not 33"),
         (lambda: SkipNet(network=SMALL, sp_share=1.0), "trains nothing"),
+        (lambda: SkipNet(network=SMALL, alpha=-1.0), "--recipe.alpha cannot be -1: write 0 or more"),
+        (lambda: BlockDrop(network=SMALL, joint_gamma=-5.0), "--recipe.joint-gamma cannot be -5: write 0 or more"),
+        (lambda: URNet(network=SMALL, beta=float("nan")), "--recipe.beta cannot be nan: write 0 or more"),
         (lambda: BlockDrop(network=SMALL, alpha=1.0), "leaves no exploration"),
         (lambda: BlockDrop(network=SMALL, alpha=0.5), "leaves no exploration"),
         (lambda: BlockDrop(network=SMALL, curriculum_share=0.0), "trains nothing"),

@@ -292,7 +292,8 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
     for line in lines:
         if line["point"] in row.frozen:
             blocks, _ = commonest(line["opened"])
-            given = fixed("given", len(blocks), row.epochs[-1], "--recipe.blocks", *map(str, blocks))
+            gate = ("--recipe.gate", "inside" if row.recipe.startswith("urnet") else "around")
+            given = fixed("given", len(blocks), row.epochs[-1], "--recipe.blocks", *map(str, blocks), *gate)
             done[f"frozen {line['point']}"] = work(f"{name} frozen {line['point']}", given, settings, reference)
     print(f"{name}: {(time.time() - started) / 60:.1f} minutes", flush=True)
     return done

@@ -49,6 +49,9 @@ class Data(Augmentation):
     shards, whatever they hold. imagenet: ImageNet's everywhere, for weights trained so."""
     flip: bool = True
     """Mirror each training image with probability 1/2; never SVHN's, as a mirrored digit is no digit."""
+    padded_crop: bool = True
+    """Cut each training image at random out of itself and a border of 4 black pixels; SkipNet's paper leaves SVHN's
+    images as they are (small datasets)."""
     extra: bool = False
     """Train on SVHN's 531,131 extra images as well."""
     held_out: int = 0

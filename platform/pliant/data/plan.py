@@ -141,11 +141,12 @@ def _without_far_ends(plan: Plan, shorter: int) -> Plan:
 
 
 def padded_plan(images: int, side: int, data: Data, draws: Draws) -> Plan:
-    """Random crops of square images of `side` pixels that a border of PAD black pixels surrounds, mirroring, operations
-    and erasing."""
+    """Random crops of square images of `side` pixels that a border of PAD black pixels surrounds, if `data` says so;
+    mirroring, operations and erasing."""
+    most = PAD if data.padded_crop else 0
     return replace(
         whole_plan(images, side),
-        offset=draws("crop").integers(-PAD, PAD, (images, 2), endpoint=True).astype(np.int32),
+        offset=draws("crop").integers(-most, most, (images, 2), endpoint=True).astype(np.int32),
         flip=_flips(images, data, draws),
         operations=_operations(images, side, data, draws),
         erasing=_erasing(images, side, data, draws),

@@ -261,11 +261,12 @@ def _warned() -> Iterator[list[str]]:
 def _introduction(opened: _Opened) -> str:
     experiment, feed, dataset = opened.experiment, opened.feed, opened.feed.dataset
     parameters = sum(parameter.numel() for parameter in opened.net.parameters())
+    kind = "generated training images" if dataset.generated else "training images"
     held = "" if dataset.held_out is None else f", {len(dataset.held_out)} held out"
     return (
         f"{experiment.name}: {type(experiment.recipe).__name__}, {parameters:,} parameters, "
         f"{dataset.num_classes} classes\n"
-        f"{len(dataset.train)} {'generated ' if dataset.generated else ''}training images{held}, by {feed.loader}; {opened.schedule.total} steps of "
+        f"{len(dataset.train)} {kind}{held}, by {feed.loader}; {opened.schedule.total} steps of "
         f"{experiment.batch.images} images in micro-batches of {experiment.batch.micro}, {experiment.precision}"
         f"{_backend(experiment)}\n"
         f"run folder {opened.run.path}"

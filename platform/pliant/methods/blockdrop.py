@@ -5,7 +5,7 @@ It learns by policy gradient on a frozen residual network, from the last blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -21,7 +21,7 @@ from pliant.networks.gated import GatedNet, full
 from pliant.networks.gates import Ask, ClassPolicy, GatePerBlock, Gates, Policy, PooledGate
 from pliant.networks.resnet import Decide, ResidualNet, ResNet
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Pass, Progress, Stage
+from pliant.recipe import Batch, Measurement, Pass, Progress, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class BlockDrop(GatingRecipe):
     """once: a policy network, ahead of all blocks. block by block: from each block's averaged input, the sequential
     variant of Table 2."""
     gamma: float = 1.0
-    """Penalty of a wrong answer in the curriculum (Eq. 3): 1 in the authors' code; the paper prints none."""
+    """Penalty of a wrong answer in the curriculum (Eq. 3), which a reward has as -gamma: 1 in the authors' code; the
+    paper prints none."""
     gamma_from: float | None = None
     """The same at the curriculum's start, from where it grows by a like factor each step: while wrong answers cost
     little, blocks are dropped at all, and then it pays to be right. Default: gamma throughout."""
@@ -67,6 +68,7 @@ class BlockDrop(GatingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least_0("gamma", "joint_gamma", "entropy")
         if not 0.5 < self.alpha < 1.0:
             raise UserError(
                 f"An alpha of {self.alpha:g} leaves no exploration: write --recipe.alpha in (0.5, 1), for instance 0.8."
@@ -136,6 +138,12 @@ class BlockDrop(GatingRecipe):
             ),
         )
         return stages if self.policy_share else stages[1:]
+
+    def score(self, spectrum: Sequence[Measurement]) -> float:
+        """Eq. 3 of the mean number of blocks, with the penalty of fine-tuning: top-1 alone is best with all blocks."""
+        (line,) = spectrum
+        used = line.figures["blocks"] / self.network.number_of_blocks
+        return line.top1 * (1.0 - used**2) - self.joint_gamma * (1.0 - line.top1)
 
     def admits_mixing(self) -> str | None:
         return "BlockDrop rewards right answers, and a mixed image has none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ class ResidualRecipe(Recipe):
             raise UserError(
                 f"Label smoothing lies in [0, 1): write --recipe.label-smoothing so, not {self.label_smoothing:g}."
             )
+
+    def _at_least_0(self, *names: str) -> None:
+        """Raises: UserError: one of these settings is negative."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise UserError(f"--recipe.{name.replace('_', '-')} cannot be {value:g}: write 0 or more.")
 
     def start(self, net: nn.Module) -> None:
         if self.pretrained is not None:
@@ -83,11 +91,13 @@ def load_backbone(backbone: ResidualNet, path: Path) -> None:
         mine = tuple(there[name].shape) if name in there else "missing"
         theirs = tuple(found[name].shape) if name in found else "missing"
         if mine != theirs:
-            setting = "shortcut" if ".downsample." in name else "depth"
+            if name.startswith("fc."):
+                trained_with = "--data.source, or --data.classes,"
+            else:
+                trained_with = f"--recipe.network.{'shortcut' if '.downsample.' in name else 'depth'}"
             raise UserError(
                 f"{path} holds the weights of another network: {name} is {theirs} there and {mine} in a ResNet-"
-                f"{backbone.spec.depth} with {backbone.classes} classes. Write the --recipe.network.{setting} it was "
-                "trained with."
+                f"{backbone.spec.depth} with {backbone.classes} classes. Write the {trained_with} it was trained with."
             )
     backbone.load_state_dict(found, strict=False)
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
 from pliant.methods.depth import GatedRecipe
+from pliant.networks.execution import Closed
 from pliant.networks.gated import GatedNet, threshold
 from pliant.networks.gates import Gates
 from pliant.networks.resnet import ResidualNet
@@ -34,6 +35,9 @@ class FixedBlocks(GatedRecipe):
     """Numbers of the blocks kept, from 0, for the rule given."""
     draw: int = 0
     """Which random choice."""
+    gate: Closed = "around"
+    """Where a closed gate stands: around the block, leaving its shortcut (SkipNet, BlockDrop), or inside it, leaving
+    the ReLU of that (URNet). They differ where a shortcut has weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +53,10 @@ class FixedBlocks(GatedRecipe):
             raise UserError(
                 f"This policy is for another number of blocks: write --recipe.blocks from 0 to {number - 1}."
             )
+
+    @property
+    def closed(self) -> Closed:
+        return self.gate
 
     def kept(self) -> tuple[int, ...]:
         """The numbers of the blocks that run, in order."""

@@ -64,6 +64,7 @@ class URNet(GatingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least_0("beta")
         for name, value in (("p", self.p), ("gates-p", self.gates_p)):
             if value is not None and not 0.0 <= value <= 1.0:
                 raise UserError(f"A probability lies in [0, 1]: write --recipe.{name} so, not {value:g}.")
