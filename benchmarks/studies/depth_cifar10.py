@@ -9,6 +9,7 @@ once. Stopped at any time and started again, it goes on where it stood. With a G
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -29,10 +30,11 @@ import tyro
 from pliant.engine.ranks import Ranks
 from pliant.engine.trained import open_run
 from pliant.methods.depth import GatedRecipe
-from pliant.networks.execution import folded, runner
-from pliant.networks.gated import GatedNet, threshold
+from pliant.methods.urnet import URNet
+from pliant.networks.execution import folded
+from pliant.networks.gated import GatedNet
 from pliant.networks.gates import ClassPolicy, PolicyNetwork
-from pliant.recipe import Scale, parse_point
+from pliant.recipe import parse_point
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCALES = ("S0.2", "S0.4", "S0.6", "S0.8", "S1")
@@ -211,28 +213,30 @@ def measure(name: str, row: Row, run: Path, settings: Settings, checkpoint: str 
 
 @torch.inference_mode()
 def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
-    """Time of grouped execution over that of all blocks without gates, at each point: batches of 64 test images, in
+    """Time of grouped execution over that of a ResNet-32 without gates, at each point: batches of 64 test images, in
     turn, on one thread, batch norm folded into the convolutions on both sides, a policy network's too; medians."""
     torch.set_num_threads(1)
     trained = open_run(run, ALONE, root=settings.root)
-    net = cast(GatedNet, trained.net)
+    net, recipe = cast(GatedNet, trained.net), cast(GatedRecipe, trained.recipe)
+    if not (isinstance(recipe, URNet) and recipe.variant == "attention"):  # its blocks all run
+        recipe = dataclasses.replace(recipe, execution="grouped")
+    whole = folded(dataclasses.replace(recipe.network, depth=32).build(10).eval())
     net.backbone = folded(net.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if isinstance(net.gates, PolicyNetwork):
         net.gates.net = folded(net.gates.net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    group = runner("grouped", cast(GatedRecipe, trained.recipe).closed)
+    whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with trained.feed.evaluation("val", batch=64) as batches:
         images = [batch.images for batch in islice(batches, 16)]
     ratios: dict[str, list[float]] = {point: [] for point in at}
     for one in images:
         started = time.perf_counter()
-        net.backbone(one)
-        whole = time.perf_counter() - started
+        whole(one)
+        all_blocks = time.perf_counter() - started
         for point in at:
             asked = parse_point(point)
-            scale = asked.wanted if isinstance(asked, Scale) else None
             started = time.perf_counter()
-            net(one, threshold, group, scale)
-            ratios[point].append((time.perf_counter() - started) / whole)
+            recipe.predict(net, one, asked)
+            ratios[point].append((time.perf_counter() - started) / all_blocks)
     return {point: round(statistics.median(several[1:]), 3) for point, several in ratios.items()}
 
 
@@ -287,8 +291,8 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
         done["before"] = [plain(line, reference) for line in measure(name, row, run, settings, boundary)]
         done["policy_alone"] = [policy_alone(run, which, settings) for which in (boundary, "newest")]
     lines = measure(name, row, run, settings)
-    times = clock(run, [line["point"] for line in lines], settings) if row.frozen else {}
-    done["points"] = [plain(line, reference) | {"time": times.get(line["point"])} for line in lines]
+    times = clock(run, [line["point"] for line in lines], settings)
+    done["points"] = [plain(line, reference) | {"time": times[line["point"]]} for line in lines]
     for line in lines:
         if line["point"] in row.frozen:
             blocks, _ = commonest(line["opened"])
