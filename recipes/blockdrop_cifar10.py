@@ -6,7 +6,8 @@ The weights are those of resnet_cifar10.py with --recipe.network.depth 110 --rec
 shortcut of the authors' code. 5,000 epochs of curriculum, the last blocks first and one more each epoch, then 2,000 of
 joint fine-tuning; Adam at 1e-4 without decay, alpha 0.8; 2,048 images a step in the curriculum, then 256. From the
 authors' code, where the paper is silent: gamma 1, then 10. Not taken from it: a tenth of the rate after 1,600 epochs of
-fine-tuning, and an entropy bonus of 0.1 (--recipe.entropy 0.1), which the paper does not have.
+fine-tuning, an entropy bonus of 0.1 (--recipe.entropy 0.1), which the paper does not have, images that are not
+normalised, and the 1e-3 of its README.
 """
 
 from pliant import cli

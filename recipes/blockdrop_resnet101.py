@@ -4,7 +4,8 @@
 
 Adam at 1e-4, and 1e-5 in joint fine-tuning; alpha 0.8. From the authors' code, where the paper is silent: 45 epochs of
 curriculum and 10 of fine-tuning, gamma 1, then 5. Not taken from it: its crops of 224 px from images resized to 256,
-where these are random resized crops. The paper's batches are of 2,048 images, then 320; here of 1,920, six times 320.
+where these are random resized crops, and its policy network, which begins with weights of a trained ResNet-18. The
+paper's batches are of 2,048 images, then 320; here of 1,920, six times 320.
 """
 
 from pliant import cli

@@ -5,7 +5,7 @@
 The weights are those of resnet_cifar10.py with --recipe.network.depth 110 --recipe.network.shortcut conv. Supervised
 pre-training with He et al.'s settings (64,000 steps of 128 images), then 10,000 steps of hybrid reinforcement learning
 at 1e-4. From the authors' code, where the paper is silent: everything decays; returns are weighed by 0.01 (there as a
-sum over 128 images, hence 1.28 here, where it is a mean).
+sum over 128 images, hence 1.28 here, where it is a mean). The paper's SVHN: --data.source svhn --data.no-padded-crop.
 """
 
 from pliant import cli

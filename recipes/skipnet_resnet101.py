@@ -5,7 +5,7 @@
 ResNet-50 and -34: --recipe.network.depth 50. Supervised pre-training as He et al. (here 120 epochs, a tenth of the rate
 at one half and three quarters, where the authors' code has every 30 epochs), then 40 epochs at 1e-4 (a tenth of it
 after 30 in their code). alpha is swept from 0 to 4 in Fig. 5b, beta is alpha / N; from the authors' code: gates' logits
-are divided by 0.05 in the second stage, returns weighed by 0.01.
+are divided by 0.05 in the second stage (theirs divides the weights once), returns weighed by 0.01.
 """
 
 from pliant import cli
