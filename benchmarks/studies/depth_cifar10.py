@@ -149,6 +149,7 @@ ROWS = {
     "resnet-32": fixed("first", 15, 0),
     "resnet-20": fixed("first", 9, 0),
     **{f"{rule} 10": fixed(rule, 10, 0) for rule in ("first", "random", "distribute")},
+    **{f"random 10, draw {draw}": fixed("random", 10, 0, "--recipe.draw", str(draw)) for draw in range(1, 5)},
     **{f"{rule} 8 tuned": fixed(rule, 8, 16) for rule in ("first", "random", "distribute")},
 }
 
