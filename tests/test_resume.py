@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pliant.engine import checkpoint
+from pliant.engine.folder import alone_in
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.runs import (
     arguments,
@@ -105,8 +106,8 @@ def test_signal_stops_after_the_step_with_a_checkpoint(
     assert begun_at(only_run(tmp_path))[-1] >= 5
 
 
-def test_run_that_still_trains_is_not_resumed_beside_itself(data: Path, tmp_path: Path) -> None:
-    """After Ctrl-C some launchers give the prompt back while the last step is still taken."""
+def test_resuming_waits_for_the_run_s_last_step(data: Path, tmp_path: Path) -> None:
+    """After Ctrl-C some launchers give the prompt back before it is done, and its checkpoint written."""
     given = command(*arguments(data, tmp_path, **SETTINGS | {"optimization.steps": 5000}))
     process = start(given)
     wait_for(process, "step 4/5000")
@@ -114,14 +115,27 @@ def test_run_that_still_trains_is_not_resumed_beside_itself(data: Path, tmp_path
     while checkpoint.newest(run.joinpath("checkpoints")) is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGSTOP)
-    hasty = finish([*given, "--resume", str(run)])
+    hasty = start([*given, "--resume", str(run)])
+    wait_for(hasty, f"Another process is training in {run}: waiting")
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
     _, complaints = process.communicate(timeout=60)
-    assert hasty.returncode == 2
-    assert f"Another process is training in {run}: wait for its end" in hasty.stderr
-    assert "Traceback" not in hasty.stderr
     assert process.returncode == EXIT_INTERRUPTED, complaints
+    wait_for(hasty, "run folder")
+    hasty.send_signal(signal.SIGTERM)
+    hasty.communicate(timeout=60)
+    assert len(begun_at(run)) == 2
+    steps = [line["step"] for line in logged(run, "step")]
+    assert steps == list(range(1, len(steps) + 1)), "it goes on where the other one ended"
+
+
+def test_run_that_trains_on_is_refused_to_others(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        code = (
+            "from pathlib import Path; from pliant.engine.folder import alone_in; alone_in(Path(PATH), 0.1).__enter__()"
+        )
+        done = finish([sys.executable, "-c", code.replace("PATH", repr(str(tmp_path)))])
+    assert f"Another process is training in {tmp_path}: stop it first" in done.stderr
 
 
 def test_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:

@@ -142,21 +142,35 @@ def newest(experiment: Experiment) -> RunFolder | None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """A run's folder is this process's alone; the end of the process gives it back, however it ends.
+def alone_in(path: Path, patience: float = 150.0) -> Iterator[None]:
+    """One process trains in a run's folder; its end gives the folder back, however it ends.
+
+    One that was stopped may still be at its last step. Where its machine is gone, the file system takes its time to
+    give the lock back: NFS one minute and a half.
+
+    Args:
+        patience: how long another process is waited for, in seconds.
 
     Raises:
-        UserError: another process trains in it.
+        UserError: it trains on.
     """
     lock = FileLock(path / "training.lock")
     with suppress(NotImplementedError, OSError):  # there are file systems without locks
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise UserError(
-                f"Another process is training in {path}: wait for its end, or leave --resume out to begin a new run."
-            ) from None
+            print(f"Another process is training in {path}: waiting for its end", flush=True)
+            _wait(lock, path, patience)
     try:
         yield
     finally:
         lock.release()
+
+
+def _wait(lock: FileLock, path: Path, patience: float) -> None:
+    try:
+        lock.acquire(timeout=patience, poll_interval=0.5)
+    except Timeout:
+        raise UserError(
+            f"Another process is training in {path}: stop it first, or leave --resume out to begin a new run."
+        ) from None

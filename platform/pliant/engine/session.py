@@ -47,10 +47,13 @@ def train(experiment: Experiment, ranks: Ranks, recipe_file: Path | None = None)
         UserError: something asked for cannot be done.
         Interrupted: a signal came, and a checkpoint was written.
     """
-    opened = _open(honoured(experiment), ranks, recipe_file)
+    with ExitStack() as held:
+        return _train(_open(honoured(experiment), ranks, recipe_file, held), ranks)
+
+
+def _train(opened: _Opened, ranks: Ranks) -> RunFolder:
     experiment, feed, run = opened.experiment, opened.feed, opened.run
     with (
-        _alone_in(run.path, ranks),
         Telemetry(run, first=ranks.first, step=opened.step) as telemetry,
         Saver(run.checkpoints, ranks, experiment.saving, telemetry.warn) as saver,
         watchdog(run.path, ranks, experiment.timeout_minutes) as guard,
@@ -107,8 +110,9 @@ class _Opened:
     """What to warn of."""
 
 
-def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Opened:
-    """Collective. Checks all that can be checked, then allocates the network and makes or finds the run's folder."""
+def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None, held: ExitStack) -> _Opened:
+    """Collective. Checks all that can be checked, then allocates the network and makes or finds the run's folder, which
+    is this training's alone until `held` ends."""
     if ranks.device.type == "cpu":
         torch.set_num_threads(experiment.threads or threads_per_rank())
     if ranks.first:
@@ -119,7 +123,7 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
     require_served(experiment.backend, ranks)
     ranks.micro_batches(experiment.batch.micro_batches)  # refuses more ranks than there are
     graphs = graphs_to_compile(experiment)
-    run, found, notes = _agreed(ranks, lambda: _found(experiment))
+    run, found, notes = _agreed(ranks, lambda: _found(experiment, held))
     if run is None:
         experiment.data.refuse_idle()
     feed = make_feed(experiment, ranks)
@@ -140,7 +144,7 @@ def _open(experiment: Experiment, ranks: Ranks, recipe_file: Path | None) -> _Op
         experiment=experiment,
         feed=feed,
         schedule=schedule,
-        run=run or _agreed(ranks, lambda: folder.create(experiment, recipe_file)),
+        run=run or _agreed(ranks, lambda: _new(experiment, recipe_file, held)),
         net=net,
         step=0 if found is None else found.step,
         restored=restored,
@@ -218,15 +222,13 @@ def _agreed(ranks: Ranks, decide: Callable[[], T]) -> T:
     return decided
 
 
-@contextmanager
-def _alone_in(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Collective. These ranks alone train in a run's folder: a run that was stopped may still be at its last step."""
-    with ExitStack() as stack:
-        _agreed(ranks, lambda: stack.enter_context(folder.held(path)))
-        yield
+def _new(experiment: Experiment, recipe_file: Path | None, held: ExitStack) -> RunFolder:
+    run = folder.create(experiment, recipe_file)
+    held.enter_context(folder.alone_in(run.path))
+    return run
 
 
-def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpoint | None, list[str]]:
+def _found(experiment: Experiment, held: ExitStack) -> tuple[RunFolder | None, checkpoint.Checkpoint | None, list[str]]:
     """The run to go on with, if any, and its newest whole checkpoint; and what to warn of.
 
     Raises:
@@ -238,6 +240,7 @@ def _found(experiment: Experiment) -> tuple[RunFolder | None, checkpoint.Checkpo
     if run is None:
         return None, None, []
     notes = changes(record.load(run.path), experiment, run.path)
+    held.enter_context(folder.alone_in(run.path))  # what trains there until now may still write a checkpoint
     with _warned() as said:
         found = checkpoint.newest(run.checkpoints)
     if found is None:
