@@ -51,6 +51,23 @@ def only(passes: Iterator[Pass]) -> Pass:
     return one
 
 
+def idle_gates(recipe: Recipe) -> bool:
+    """Whether nothing heeds what the gates say: blocks are dropped at random, or given."""
+    return (
+        isinstance(recipe, FixedBlocks)
+        or (isinstance(recipe, SkipNet) and recipe.learning == "sdv")
+        or (isinstance(recipe, URNet) and recipe.variant in ("random", "random_test"))
+    )
+
+
+def learning_parts(recipe: Recipe, stage: int) -> tuple[str, ...]:
+    """Beginnings of the names of what a stage teaches; a stage of everything teaches both."""
+    learns = recipe.stages()[stage].learns
+    if learns != ("",):
+        return learns
+    return ("backbone",) if idle_gates(recipe) else ("backbone", "gates")
+
+
 ALL = [
     SkipNet(network=SMALL),
     SkipNet(network=SMALL, learning="soft", gate="pooled"),
@@ -72,14 +89,24 @@ ALL = [
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: type(recipe).__name__)
 def test_every_stage_yields_its_passes_and_every_point_an_answer(recipe: Any) -> None:
+    """And all that a stage teaches learns, some of it in one step, some in another."""
+    answered = unmixed(batch().images, torch.arange(IMAGES) % 5)  # some right, whatever the answer: rewards differ
     for stage, described in enumerate(recipe.stages()):
         net = built(recipe, stage)
-        passes = list(recipe.iteration(net, batch(), Draw(0, stage, 3, 0), at(stage)))
-        assert len(passes) == recipe.passes(at(stage))
-        passes[0].loss.backward()
-        learns = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
-        assert learns
-        assert all(name.startswith(described.learns) for name in learns)
+        for name, parameter in net.named_parameters():
+            assert parameter.requires_grad == name.startswith(described.learns), name
+        for step in range(4):  # in one iteration all of a URNet's gates may be steps, through which nothing is learned
+            passes = list(recipe.iteration(net, answered, Draw(0, stage, step, 0), at(stage, 0.9)))
+            assert len(passes) == recipe.passes(at(stage, 0.9))
+            for one in passes:
+                one.loss.backward()
+        parts = learning_parts(recipe, stage)
+        gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+        moved = [name for name, gradient in gradients.items() if gradient is not None and gradient.any()]
+        for part in parts:
+            assert any(name.startswith(part) for name in moved), part
+        for name, gradient in gradients.items():
+            assert (gradient is not None) == name.startswith(parts), name
     net.eval()
     for point in recipe.points():
         assert parse_point(str(point)) == point
@@ -110,7 +137,8 @@ def test_same_draw_gives_the_same_iteration_and_another_one_another(recipe: Any)
 
 
 def test_grouped_execution_answers_as_masked() -> None:
-    """The random ones too, which drop the same blocks either way."""
+    """The random ones too, which drop the same blocks either way; some blocks run for a few of the images alone."""
+    images = batch().images + torch.linspace(-1, 1, IMAGES)[:, None, None, None]
     for recipe in (
         SkipNet(network=SMALL),
         BlockDrop(network=SMALL),
@@ -118,13 +146,18 @@ def test_grouped_execution_answers_as_masked() -> None:
         SkipNet(network=SMALL, learning="sdv"),
         URNet(network=SMALL, variant="random"),
     ):
-        net = built(recipe).eval()
-        point = recipe.points()[-1]
+        torch.manual_seed(2)
+        net = recipe.build(5).eval()
+        point = recipe.points()[len(recipe.points()) // 2]
         with torch.no_grad():
-            masked = recipe.predict(net, batch().images, point)
-            grouped = dataclasses.replace(recipe, execution="grouped").predict(net, batch().images.clone(), point)
+            for parameter in net.gates.parameters():  # as drawn, gates hardly differ between images
+                parameter.mul_(4.0)
+            masked = recipe.predict(net, images, point)
+            grouped = dataclasses.replace(recipe, execution="grouped").predict(net, images.clone(), point)
         torch.testing.assert_close(grouped.logits, masked.logits, atol=1e-5, rtol=1e-4)
         assert torch.equal(grouped.marks["open"], masked.marks["open"])
+        shares = masked.marks["open"].mean(0)
+        assert ((shares > 0) & (shares < 1)).any(), f"{type(recipe).__name__} opens a block for all images or none"
 
 
 # --- SkipNet
