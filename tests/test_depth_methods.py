@@ -185,11 +185,35 @@ def test_first_block_of_a_skipnet_always_runs() -> None:
     assert outcome.macs.tolist() == [backbone.always + backbone.residual[0] + gates] * IMAGES
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.2])
-def test_skipnet_s_gradient_is_eq_6(temperature: float) -> None:
-    """Against the formula written out, decision by decision and image by image; a temperature divides the logits."""
+def skips(net: nn.Module, opened: Tensor, costs: str) -> list[list[float]]:
+    """C_i of each gated block that an image leaves out, image by image, with C_i = 1 or as the blocks' work has it."""
+    blocks = cost(net.backbone, 16).residual[1:]
+    weights = [macs * len(blocks) / sum(blocks) for macs in blocks] if costs == "macs" else [1.0] * len(blocks)
+    return [[c * (1.0 - action) for c, action in zip(weights, row, strict=True)] for row in opened[:, 1:].tolist()]
+
+
+def assert_same_gradients(net: nn.Module, reference: nn.Module) -> None:
+    for (name, mine), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
+        assert theirs.grad is not None, name
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "beta", "costs"),
+    [(1.0, 0.9, "equal"), (0.2, 0.9, "equal"), (1.0, None, "equal"), (1.0, 0.9, "macs")],
+)
+def test_skipnet_s_gradient_is_eq_6(temperature: float, beta: float | None, costs: Any) -> None:
+    """Against the formula written out, decision by decision and image by image; a temperature divides the logits.
+    Without a beta the loss weighs as much as one block, alpha / N."""
     recipe = SkipNet(
-        network=SMALL, learning="hrl", alpha=0.7, beta=0.9, rl_weight=0.5, gate="pooled", temperature=temperature
+        network=SMALL,
+        learning="hrl",
+        alpha=0.7,
+        beta=beta,
+        rl_weight=0.5,
+        gate="pooled",
+        temperature=temperature,
+        costs=costs,
     )
     net = built(recipe)
     reference = copy.deepcopy(net)
@@ -203,17 +227,45 @@ def test_skipnet_s_gradient_is_eq_6(temperature: float) -> None:
     )
     losses = cross_entropy(walk.logits, batch().labels, reduction="none")
     gates = walk.gate_logits.shape[1]
+    weight = 0.7 / gates if beta is None else beta
     total = losses.mean()
-    for image in range(IMAGES):
+    for image, skipped in enumerate(skips(net, walk.open, costs)):
         for gate in range(gates):
             action, p = walk.open[image, gate + 1], (walk.gate_logits[image, gate] / temperature).sigmoid()
-            later = sum((1 - walk.open[image, other + 1]) for other in range(gate, gates))
-            r = -(0.9 * losses[image].detach() - 0.7 / gates * later)
-            total = total - 0.5 * (p if action == 1 else 1 - p).log() * r.detach() / IMAGES
+            r = -(weight * losses[image].detach() - 0.7 / gates * sum(skipped[gate:]))
+            total = total - 0.5 * (p if action == 1 else 1 - p).log() * r / IMAGES
     total.backward()
-    for (name, mine), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
-        if theirs.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+    assert_same_gradients(net, reference)
+
+
+@pytest.mark.parametrize("costs", ["equal", "macs"])
+def test_answer_is_the_last_action_of_a_skipnet_without_supervision(costs: Any) -> None:
+    """It is drawn from the classes' probabilities; a right one is rewarded with 1, and so are all decisions before."""
+    recipe = SkipNet(network=SMALL, learning="rl", alpha=0.7, gate="pooled", costs=costs)
+    net = built(recipe)
+    reference = copy.deepcopy(net)
+    images, draw = batch().images, Draw(0, 0, 5, 0)
+    generator = draw.generator(purpose="gates")
+    walk = reference(
+        images,
+        lambda number, z: torch.bernoulli(z.detach().sigmoid(), generator=generator),
+        runner("masked", "around"),
+    )
+    chances = walk.logits.softmax(1)
+    answers = torch.multinomial(chances.detach(), 1, generator=generator)[:, 0]
+    labels = (answers + torch.arange(IMAGES) % 2) % 5  # every other answer is right
+    only(recipe.iteration(net, unmixed(images, labels), draw, at(0))).loss.backward()
+    gates = walk.gate_logits.shape[1]
+    total = torch.zeros(())
+    for image, skipped in enumerate(skips(net, walk.open, costs)):
+        right = float(answers[image] == labels[image])
+        for gate in range(gates):
+            action, p = walk.open[image, gate + 1], walk.gate_logits[image, gate].sigmoid()
+            r = 0.7 / gates * sum(skipped[gate:]) + right
+            total = total - (p if action == 1 else 1 - p).log() * r / IMAGES
+        total = total - chances[image, answers[image]].log() * right / IMAGES
+    total.backward()
+    assert_same_gradients(net, reference)
 
 
 def test_costs_of_blocks_have_mean_1() -> None:
@@ -354,9 +406,7 @@ def test_gradient_of_joint_fine_tuning_is_algorithm_1_s() -> None:
     likely = (bound * u + (1 - bound) * (1 - u)).log().sum(1)
     (cross_entropy(logits, labels) - (likely * advantage).mean()).backward()
     only(recipe.iteration(net, unmixed(images, labels), draw, at(1))).loss.backward()
-    for (name, mine), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
-        assert theirs.grad is not None, name
-        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+    assert_same_gradients(net, reference)
 
 
 def test_baseline_of_joint_fine_tuning_leaves_running_statistics_alone() -> None:
