@@ -45,8 +45,11 @@ DEPTH = (
     SkipNet(network=R8),
     SkipNet(network=R8, learning="rl"),
     BlockDrop(network=R8),
+    BlockDrop(network=R8, policy_share=0.2),
+    BlockDrop(network=R8, decide="block by block"),
     URNet(network=R8, p=0.5),
     URNet(network=R8, variant="external", p=0.5),
+    URNet(network=R8, variant="attention"),
     FixedBlocks(network=R8, keep=2),
 )
 US_NET = USNet(network=MobileNet(full=0.25, stem_stride=1, divisor=4), nonuniform=True)
