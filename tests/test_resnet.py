@@ -33,6 +33,14 @@ def test_imagenet_form_is_torchvision_s(depth: int) -> None:
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [34, 101])
+def test_weights_of_deeper_ones_have_torchvision_s_names_and_shapes(depth: int) -> None:
+    with torch.device("meta"):
+        theirs = models.get_model(f"resnet{depth}", num_classes=7).state_dict()
+        ours = ResNet(form="imagenet", depth=depth).build(7).state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+
+
 @pytest.mark.parametrize(
     ("spec", "side", "millions"),
     [
