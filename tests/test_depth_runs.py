@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from pliant import cli
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from pliant.networks.resnet import ResNet
-from tests.runs import Launch, begun_at, command, final_state, finish, logged, only_run, same, tiny_cifar
+from tests.runs import Launch, begun_at, command, final_state, finish, logged, losses, only_run, same, tiny_cifar
 from tests.test_resume import start, wait_for
 from tests.tiny_run import refusal
 
@@ -39,6 +40,7 @@ def given(data: Path, runs: Path, method: str, *more: str) -> list[str]:
         "threads": 1,
         "log-steps": 1,
         "saving.every-steps": 2,
+        "saving.keep": STEPS,
     }
     settings |= {"recipe.gates-share": 0.5} if method == "urnet" else {}
     settings |= (
@@ -93,10 +95,16 @@ def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.Captur
         assert opened.shape == (40, 6)
         assert macs.mean() == pytest.approx(measured["lines"][0]["macs"])
         assert sorted(rows[f"{point}/position"].tolist()) == list(range(40))
-    for name in ("spectrum.png", "blocks.png", "classes.png"):
+        middle = measured["lines"][len(measured["lines"]) // 2]["point"]
+        right = rows[f"{middle}/right"]
+        for end in ("easiest", "hardest"):
+            assert right[rows[f"{middle}/{end}_rows"]].all()
+            assert rows[f"{middle}/{end}"].shape == (min(16, right.sum()), 32, 32, 3)
+    for name in ("spectrum.png", "blocks.png", "classes.png", "images.png"):
         assert f"{run / name}" in said
         with Image.open(run / name) as picture:
             assert min(picture.size) > 300
+            assert np.ptp(np.asarray(picture.convert("RGB")), axis=2).max() > 50, "colours, besides what is written"
     masked = json.loads((run / "spectrum.json").read_text())
     cli.main(["spectrum", str(run), "--execution", "grouped"])
     grouped = json.loads((run / "spectrum.json").read_text())
@@ -120,6 +128,23 @@ def test_stopped_before_and_after_the_change_of_stage_it_ends_the_same(
     assert done.returncode == 0, done.stderr
     assert begun_at(only_run(tmp_path))[-1] >= step
     one, two = final_state(only_run(tmp_path)), final_state(run)
+    for name in ("net", "rows", "optimizer"):
+        assert same(one[name], two[name]), name
+
+
+def test_stopped_between_two_stages_it_ends_the_same(data: Path, run: Path, tmp_path: Path) -> None:
+    """Bit for bit: the first has done its last step, and the second begins with an optimizer of its own."""
+    method, between = run.parent.name.removesuffix("_cifar10"), STEPS // 2
+    stages = [line["stage"] for line in logged(run, "step")]
+    assert stages.index(stages[-1]) == between
+    copied = shutil.copytree(run, tmp_path / run.parent.name / run.name)
+    for path in (copied / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > between:
+            shutil.rmtree(path)
+    cli.main(["train", *given(data, tmp_path, method, "--resume", str(copied))[1:]])
+    assert begun_at(copied) == [0, between]
+    assert losses(copied) == losses(run)
+    one, two = final_state(copied), final_state(run)
     for name in ("net", "rows", "optimizer"):
         assert same(one[name], two[name]), name
 
