@@ -117,7 +117,7 @@ def test_bar_on_a_terminal_has_speed_and_losses(tmp_path: Path, monkeypatch: pyt
         stage="joint",
         epoch=0.5,
         lr=0.1,
-        losses={"1x": 2.345, "0.35x": 2.567},
+        losses={"1x": 2.345, "0.35x": 2.567, "random 1": 2.456, "random 2": 2.501},
         metrics={},
         norm=1.0,
         skipped=0,
@@ -134,8 +134,9 @@ def test_bar_on_a_terminal_has_speed_and_losses(tmp_path: Path, monkeypatch: pyt
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
     assert "run folder" in lines
     (bar,) = {line for line in lines if line.startswith("epoch 0.5")}
-    assert "1x 2.345  0.35x 2.567" in bar
-    assert "321 images/s" in bar
-    assert len(bar) <= 80
-    assert not any(line.startswith("step 3/12") for line in lines)
+    assert all(text in bar for text in (" 25%", "321 images/s", "left 0:09"))
+    assert "━" in bar
+    assert "1x 2.345  0.35x 2.567  random 1 2.456  random 2 2.501" in {line.rstrip() for line in lines}
+    assert max(map(len, lines[:-1])) <= 80
+    assert [line.startswith("step 3/12") for line in lines if line.strip()][-1], "the last words stay"
     assert [line["losses"] for line in logged(tmp_path, "step")] == [window.losses], "the log has it all the same"

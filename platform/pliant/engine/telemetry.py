@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
 
@@ -91,6 +91,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class _Bar(Progress):
+    """The losses in a line of their own: beside the bar they would not fit into 80 columns."""
+
+    losses = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield Text(self.losses, no_wrap=True, overflow="ellipsis")
+        yield from super().get_renderables()
+
+
 class Telemetry:
     """Where a run's words and figures go; to be entered with `with`. Silent on all ranks but the first."""
 
@@ -99,7 +109,7 @@ class Telemetry:
         self._folder = folder
         self._speaks = first
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task = TaskID(0)
         self._last: Window | None = None
         self._step = step
@@ -108,7 +118,7 @@ class Telemetry:
 
     def __enter__(self) -> Telemetry:
         if self._speaks and self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 TaskProgressColumn(),
@@ -154,12 +164,12 @@ class Telemetry:
         if self._bar is None:
             self.say(window.line())
         else:
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in window.losses.items())
+            self._bar.losses = "  ".join(f"{name} {value:.3f}" for name, value in window.losses.items())
             self._bar.update(
                 self._task,
                 total=window.steps,
                 completed=window.step,
-                description=f"epoch {window.epoch:.1f}  {losses}",
+                description=f"epoch {window.epoch:.1f}",
                 figures=window.speed(),
                 left=f"left {duration(window.seconds_left)}",
             )
