@@ -16,7 +16,7 @@ from pliant.experiment import Experiment
 from pliant.methods.s_net import SNet
 from pliant.methods.us_net import USNet
 from pliant.networks.mobilenet import MobileNet
-from tests.runs import arguments, command, finish, losses, only_run, tiny_cifar
+from tests.runs import Launch, arguments, command, finish, losses, only_run, tiny_cifar
 
 SMALL = MobileNet(full=0.25)
 
@@ -75,12 +75,15 @@ def test_refusal_is_one_sentence_before_anything_is_written(tmp_path: Path) -> N
 
 
 @pytest.mark.soak
-def test_inductor_trains_to_the_losses_of_the_eager_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_inductor_trains_to_the_losses_of_the_eager_network(tmp_path: Path, ranks: int) -> None:
     """Needs a C++ compiler; a sandwich of the smallest and the largest width alone has two graphs."""
     data = tiny_cifar(tmp_path / "data")
     given = {"recipe.n": 2, "optimization__steps": 3, "optimization__lr": 0.001}
-    for name, extra in (("eager", []), ("compiled", ["--compile"])):
-        done = finish(command(*arguments(data, tmp_path / name, **given), *extra))
-        assert done.returncode == 0, done.stderr
+    eager = finish(command(*arguments(data, tmp_path / "eager", **given)))
+    assert eager.returncode == 0, eager.stderr
+    compiled = command(*arguments(data, tmp_path / "compiled", **given), "--compile")
+    for status, said in Launch(compiled, ranks).start().finish(patience=600):
+        assert status == 0, said
     for got, want in zip(losses(only_run(tmp_path / "compiled")), losses(only_run(tmp_path / "eager")), strict=True):
         assert got == pytest.approx(want, abs=1e-3)
