@@ -55,7 +55,7 @@ class Row:
     """Of each stage; the last alone where there is one stage; (0,) measures what it begins with."""
     at: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
-    """Points whose commonest policy is frozen and fine-tuned as long as the last stage."""
+    """Points whose commonest policy, unless it is all blocks, is frozen and fine-tuned as long as the last stage."""
     images: int = 256
     """Of a step."""
 
@@ -297,6 +297,8 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
     for line in lines:
         if line["point"] in row.frozen:
             blocks, _ = commonest(line["opened"])
+            if len(blocks) == line["opened"].shape[1]:
+                continue  # the whole network, which is a row already
             gate = ("--recipe.gate", "inside" if row.recipe.startswith("urnet") else "around")
             given = fixed("given", len(blocks), row.epochs[-1], "--recipe.blocks", *map(str, blocks), *gate)
             done[f"frozen {line['point']}"] = work(f"{name} frozen {line['point']}", given, settings, reference)
