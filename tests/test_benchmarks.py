@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
-from tests.runs import REPOSITORY, environment
+from pliant.networks.resnet import ResNet
+from tests.runs import REPOSITORY, environment, finish, tiny_cifar
 
 SHORTLY = {
     "augmentation": ("--rounds", "1", "--batch", "8", "--steps", "2"),
@@ -25,6 +27,24 @@ SHORTLY = {
 
 def test_all_benchmarks_are_started_below() -> None:
     assert {script.stem for script in (REPOSITORY / "benchmarks").glob("*.py")} == SHORTLY.keys()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("row", ["urnet", "blockdrop"])
+def test_study_of_depth_trains_and_measures_a_row(row: str, tmp_path: Path) -> None:
+    """Its stages, what stands at their boundary, times, and a frozen policy if there is one to freeze."""
+    for depth in (20, 32):
+        save_file(ResNet(depth=depth, shortcut="pad").build(10).state_dict(), tmp_path / f"{depth}.safetensors")
+    folders = ("--root", str(tiny_cifar(tmp_path / "data")), "--runs", str(tmp_path / "runs"))
+    weights = ("--pretrained", str(tmp_path / "32.safetensors"), "--smaller", str(tmp_path / "20.safetensors"))
+    short = "--optimization.steps=52 --data.held-out=20 --batch.images=16 --batch.micro=16 --saving.every-steps=1"
+    given = (*folders, *weights, "--results", str(tmp_path / "found.json"), "--only", row)
+    script = REPOSITORY / "benchmarks" / "studies" / "depth_cifar10.py"
+    done = finish([sys.executable, str(script), *given, f"--options={short} --log-steps=1 --threads=1"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())[row]
+    assert found["points"][0]["time"] > 0
+    assert [line["point"] for line in found["before"]] == [line["point"] for line in found["points"]]
 
 
 @pytest.mark.soak

@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -38,9 +39,6 @@ from pliant.recipe import parse_point
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCALES = ("S0.2", "S0.4", "S0.6", "S0.8", "S1")
-LEARNED = 45_000
-"""Training images: the rest is held out."""
-
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -170,8 +168,8 @@ class Settings:
     """Names of rows; default: all."""
     side_by_side: int = 1
     """Rows that train at the same time."""
-    options: tuple[str, ...] = field(default=())
-    """For every training, after its own: --options=--threads=1."""
+    options: str = ""
+    """For every training, after its own: --options="--threads 1 --log-steps 10"."""
 
 
 def ask(name: str, settings: Settings, arguments: Sequence[str]) -> None:
@@ -195,7 +193,7 @@ def train(name: str, row: Row, settings: Settings) -> Path:
     weights = ("--recipe.pretrained", str(settings.smaller if smaller else settings.pretrained))
     runs = settings.runs / name.replace(" ", "_")
     own = ("--data.root", str(settings.root), "--runs", str(runs), "--resume", "auto", *network, *weights)
-    ask(name, settings, [str(RECIPES / f"{row.recipe}.py"), *own, *row.options, *settings.options])
+    ask(name, settings, [str(RECIPES / f"{row.recipe}.py"), *own, *row.options, *shlex.split(settings.options)])
     return max((runs / row.recipe).iterdir())
 
 
@@ -238,7 +236,7 @@ def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
             started = time.perf_counter()
             recipe.predict(net, one, asked)
             ratios[point].append((time.perf_counter() - started) / all_blocks)
-    return {point: round(statistics.median(several[1:]), 3) for point, several in ratios.items()}
+    return {point: round(statistics.median(several[1:] or several), 3) for point, several in ratios.items()}
 
 
 @torch.inference_mode()
@@ -288,7 +286,7 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
         "training_minutes": round(sum(event.get("seconds", 0) for event in events if event["event"] == "step") / 60, 1),
     }
     if len(row.epochs) > 1:
-        boundary = str(sum(round(each * (LEARNED // row.images)) for each in row.epochs[:-1]))
+        boundary = str(round(events[-1]["step"] * sum(row.epochs[:-1]) / sum(row.epochs)))
         done["before"] = [plain(line, reference) for line in measure(name, row, run, settings, boundary)]
         done["policy_alone"] = [policy_alone(run, which, settings) for which in (boundary, "newest")]
     lines = measure(name, row, run, settings)
