@@ -38,8 +38,8 @@ def own_threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_process_outlives_its_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test that fails halfway leaves ranks that wait for each other, and the machine busy for all later ones."""
+def no_child_outlives_its_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that fails halfway leaves processes that wait for each other, and the machine busy for all later ones."""
     started: list[subprocess.Popen[Any]] = []
 
     class Noted(subprocess.Popen):  # type: ignore[type-arg]

@@ -109,6 +109,7 @@ def test_tensorboard_has_the_loss_of_each_pass_of_each_step(run: Path) -> None:
 
 def test_bar_on_a_terminal_has_speed_and_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the lines that a log file gets; what is said stays above it. 80 columns, as terminals open."""
+    monkeypatch.setenv("TERM", "xterm")
     screen = io.StringIO()
     monkeypatch.setattr(telemetry, "Console", partial(Console, force_terminal=True, width=80, file=screen))
     window = Window(

@@ -215,7 +215,6 @@ def test_without_distillation_every_width_learns_from_labels():
         (dict(rule="random"), "write --recipe.no-distill"),
         (dict(distill=False, hard=0.5), "leave --recipe.hard out"),
         (dict(hard_decay=True), "leave --recipe.hard-decay out"),
-        (dict(nonuniform=True, n=2), "leave --recipe.nonuniform out"),
         (dict(rule="min"), "write --recipe.no-distill"),
         (dict(n=1), "--recipe.n of 2 or more, not 1"),
         (dict(rule="max", n=0), "--recipe.n of 1 or more, not 0"),

@@ -131,7 +131,10 @@ def test_weights_of_another_depth_are_refused(shared_data: Path) -> None:
     path = shared_data / "resnet_cifar10" / "resnet32.safetensors"
     with pytest.raises(UserError, match=r"layer1.3.bn1.bias is \(16,\) there and missing in a ResNet-20"):
         load_backbone(ResNet(depth=20).build(10), path)
-    with pytest.raises(UserError, match=r"fc.bias is \(10,\) there and \(7,\) in a ResNet-32 with 7 classes"):
+    classes = (
+        r"fc.bias is \(10,\) there and \(7,\) in a ResNet-32 with 7 classes. Write the --data.source, or --data.cl"
+    )
+    with pytest.raises(UserError, match=classes):
         load_backbone(ResNet(depth=32).build(7), path)
     with pytest.raises(UserError, match=r"Write the --recipe.network.shortcut it was trained with"):
         load_backbone(ResNet(depth=32, shortcut="conv").build(10), path)

@@ -113,6 +113,7 @@ def test_resuming_waits_for_the_run_s_last_step(data: Path, tmp_path: Path) -> N
     wait_for(process, "step 4/5000")
     run = only_run(tmp_path)
     while checkpoint.newest(run.joinpath("checkpoints")) is None:
+        assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGSTOP)
     hasty = start([*given, "--resume", str(run)])

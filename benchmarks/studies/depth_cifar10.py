@@ -297,8 +297,8 @@ def work(name: str, row: Row, settings: Settings, reference: np.ndarray[Any, Any
             blocks, _ = commonest(line["opened"])
             if len(blocks) == line["opened"].shape[1]:
                 continue  # the whole network, which is a row already
-            gate = ("--recipe.gate", "inside" if row.recipe.startswith("urnet") else "around")
-            given = fixed("given", len(blocks), row.epochs[-1], "--recipe.blocks", *map(str, blocks), *gate)
+            closed = ("--recipe.closed", "inside" if row.recipe.startswith("urnet") else "around")
+            given = fixed("given", len(blocks), row.epochs[-1], "--recipe.blocks", *map(str, blocks), *closed)
             done[f"frozen {line['point']}"] = work(f"{name} frozen {line['point']}", given, settings, reference)
     print(f"{name}: {(time.time() - started) / 60:.1f} minutes", flush=True)
     return done

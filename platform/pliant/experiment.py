@@ -126,9 +126,14 @@ class Data(Augmentation):
         """Refuses what would have nothing to say. Asked of new runs alone: older ones may hold such settings.
 
         Raises:
-            UserError: a setting of images in files is set, and the source's stay in memory as they are.
+            UserError: a setting is of images in files and the source's stay in memory as they are, or the other way.
         """
         if self.of_files:
+            if not self.padded_crop:
+                raise UserError(
+                    f"--data.source {self.source} has no padded crops, but random resized ones: leave "
+                    "--data.no-padded-crop out, or write --data.scale 1 1."
+                )
             return
         idle = next((name for name in _OF_FILES if self._is_set(name)), None)
         if idle is not None:

@@ -1,7 +1,7 @@
 """A run's folder: what ran, with what, from which commit; and where the rest lies in it.
 
 runs/<name>/<time>/
-  experiment.json  recipe.py  environment.json
+  experiment.json  recipe.py  environment.json  training.lock
   checkpoints/  log.jsonl  tensorboard/  calibration/  spectrum.json  spectrum.png
 """
 
@@ -33,6 +33,11 @@ _PACKAGES = (
     *("pliant", "torch", "torchvision", "timm", "numpy", "pillow", "accelerate", "deepspeed"),
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
 )
+
+
+_LOCK = "training.lock"
+_NO_LOCKS = (NotImplementedError, OSError, RuntimeError)
+"""What a file system without locks, or another user's file, may lead to: the run goes on without one."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,24 @@ def _git(*arguments: str) -> str | None:
 
 
 def newest(experiment: Experiment) -> RunFolder | None:
-    """The newest run of this name that has a checkpoint; None if there is none."""
+    """The newest run of this name that has a checkpoint, or will have as it stops; None if there is none.
+
+    Raises:
+        UserError: another process trains in one that has none yet.
+    """
     parent = experiment.runs / experiment.name
     runs = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
     for path in runs:
-        if any(path.glob("checkpoints/step-*[0-9]")):
+        if not _has_checkpoint(path) and (path / _LOCK).exists():
+            with alone_in(path):
+                pass
+        if _has_checkpoint(path):
             return RunFolder(path)
     return None
+
+
+def _has_checkpoint(path: Path) -> bool:
+    return any(path.glob("checkpoints/step-*[0-9]"))
 
 
 @contextmanager
@@ -154,8 +170,9 @@ def alone_in(path: Path, patience: float = 150.0) -> Iterator[None]:
     Raises:
         UserError: it trains on.
     """
-    lock = FileLock(path / "training.lock")
-    with suppress(NotImplementedError, OSError):  # there are file systems without locks
+    # A soft lock would outlive the machine of the process that held it.
+    lock = FileLock(path / _LOCK, fallback_to_soft=False)
+    with suppress(*_NO_LOCKS):
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -164,7 +181,8 @@ def alone_in(path: Path, patience: float = 150.0) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        with suppress(*_NO_LOCKS):
+            lock.release()
 
 
 def _wait(lock: FileLock, path: Path, patience: float) -> None:

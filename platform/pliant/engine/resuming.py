@@ -55,8 +55,9 @@ def rule_on_resume(name: str, *values: object) -> Literal["fixed", "free", "warn
     for prefix, rule in RESUME_RULES.items():
         if name == prefix or name.startswith(prefix + "."):
             return rule
-    moved = bool(values) and all(isinstance(value, Path) for value in values)
-    return "warned" if moved else "fixed"  # a file may lie elsewhere now; the run has long read it
+    # The file of weights may lie elsewhere now: the run has long read it.
+    moved = name == "recipe.pretrained" and bool(values) and None not in values
+    return "free" if moved else "fixed"
 
 
 def changes(begun: Experiment, asked: Experiment, run: Path) -> list[str]:

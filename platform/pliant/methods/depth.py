@@ -91,7 +91,7 @@ def load_backbone(backbone: ResidualNet, path: Path) -> None:
         mine = tuple(there[name].shape) if name in there else "missing"
         theirs = tuple(found[name].shape) if name in found else "missing"
         if mine != theirs:
-            if name.startswith("fc."):
+            if name == "fc.bias":  # of each layer the names come in order: a weight differs with the depth too
                 trained_with = "--data.source, or --data.classes,"
             else:
                 trained_with = f"--recipe.network.{'shortcut' if '.downsample.' in name else 'depth'}"

@@ -35,7 +35,7 @@ class FixedBlocks(GatedRecipe):
     """Numbers of the blocks kept, from 0, for the rule given."""
     draw: int = 0
     """Which random choice."""
-    gate: Closed = "around"
+    closed: Closed = "around"
     """Where a closed gate stands: around the block, leaving its shortcut (SkipNet, BlockDrop), or inside it, leaving
     the ReLU of that (URNet). They differ where a shortcut has weights."""
 
@@ -53,10 +53,6 @@ class FixedBlocks(GatedRecipe):
             raise UserError(
                 f"This policy is for another number of blocks: write --recipe.blocks from 0 to {number - 1}."
             )
-
-    @property
-    def closed(self) -> Closed:
-        return self.gate
 
     def kept(self) -> tuple[int, ...]:
         """The numbers of the blocks that run, in order."""

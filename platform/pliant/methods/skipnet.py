@@ -6,6 +6,7 @@ and rewards skipping and right answers together (Eq. 6). The first block always 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -86,13 +87,14 @@ class SkipNet(GatingRecipe):
         return (Stage(name=self.learning),)
 
     def score(self, spectrum: Sequence[Measurement]) -> float:
-        """Where skipping is rewarded the reward of Eq. 5, of the means: top-1 alone is best with all blocks."""
+        """Where skipping is rewarded the reward of Eq. 5, of the means, all C_i alike: top-1 alone is best with all
+        blocks."""
         if self.learning not in ("sp+hrl", "hrl", "rl"):
             return super().score(spectrum)
         (line,) = spectrum
         skipped = (self.network.number_of_blocks - line.figures["blocks"]) / (self.network.number_of_blocks - 1)
         answer = line.top1 if self.learning == "rl" else -line.loss
-        return answer + self.alpha * skipped
+        return answer + self.alpha * skipped if math.isfinite(answer) else -math.inf
 
     def admits_mixing(self) -> str | None:
         if all(stage.name not in ("hrl", "rl") for stage in self.stages()):

@@ -56,11 +56,6 @@ class USNet(WidthRecipe):
         least = 2 if self.rule == "sandwich" else 1
         if self.n < least:
             raise UserError(f"The rule {self.rule} needs --recipe.n of {least} or more, not {self.n}.")
-        if self.nonuniform and self.n == {"sandwich": 2, "min": 1, "max": 1, "random": 0}[self.rule]:
-            raise UserError(
-                f"With --recipe.n {self.n} no pass is left to draw widths: write a larger one, or leave "
-                "--recipe.nonuniform out."
-            )
         if self.distill and self.rule not in ("sandwich", "max"):
             raise UserError(
                 f"The rule {self.rule} does not run the largest width in each iteration, which in-place distillation "
