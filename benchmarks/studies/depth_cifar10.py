@@ -129,10 +129,10 @@ ROWS = {
     "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),
     "urnet p 0.2": urnet("--recipe.p", "0.2", "--recipe.gates-p", "0.5"),
     "skipnet alpha 5": skipnet("--recipe.alpha", "5", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
-    "skipnet alpha 1": skipnet(
-        *("--recipe.alpha", "1", "--recipe.open-rate", "0.8", "--optimization.lr=0.02", "--recipe.hrl-rate", "1"),
-        *("--recipe.hrl-schedule", "cosine", "--recipe.rl-weight", "0.03"),
-        epochs=(3, 9),
+    "skipnet pooled": skipnet(
+        *("--recipe.gate", "pooled", "--recipe.alpha", "1", "--recipe.open-rate", "0.8", "--optimization.lr=0.02"),
+        *("--recipe.hrl-rate", "1", "--recipe.hrl-schedule", "cosine", "--recipe.rl-weight", "0.3"),
+        epochs=(1, 9),
     ),
     "skipnet soft": skipnet("--recipe.learning", "soft", "--recipe.open-rate", "0.8", epochs=(18,)),
     "skipnet rl": skipnet("--recipe.learning", "rl", "--optimization.lr=0.001", epochs=(6,)),
