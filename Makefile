@@ -69,5 +69,5 @@ $(installed): pyproject.toml constraints.txt
 	@$(pip) $(QUIET) torch torchvision || $(explain)
 	@echo "Installing pliant[$(EXTRAS)] and what it needs"
 	@$(pip) $(QUIET) -e '.[$(EXTRAS)]' || $(explain)
-	@$(bin)/python -m pliant.torchvision_cpu
+	@$(bin)/python -c "from pliant.torchvision_cpu import main; main()"
 	@touch $@

@@ -88,7 +88,3 @@ def main() -> None:
     except RuntimeError:
         path = Path(sysconfig.get_path("purelib")) / "pliant_torchvision_cpu.pth"
         path.write_text("import pliant.torchvision_cpu; pliant.torchvision_cpu.hook()\n")
-
-
-if __name__ == "__main__":
-    main()
