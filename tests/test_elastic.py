@@ -113,6 +113,7 @@ def close(mine: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
+@pytest.mark.soak
 def test_three_ranks_share_four_micro_batches_and_train_the_same(data: Path, one_rank: Path, tmp_path: Path) -> None:
     for status, said in start(data, tmp_path, 3).finish():
         assert status == 0, said

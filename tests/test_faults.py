@@ -9,10 +9,10 @@ import pytest
 from tests.faults import prepare, trial
 
 
-def test_killed_three_times_a_run_ends_the_same(tmp_path: Path) -> None:
+def test_killed_twice_a_run_ends_the_same(tmp_path: Path) -> None:
     undisturbed = prepare(tmp_path)
-    kills = trial(tmp_path / "killed", undisturbed, seed=1, kills=3)
-    assert kills.total() >= 2, kills  # a rank may be done before its time comes
+    kills = trial(tmp_path / "killed", undisturbed, seed=1, kills=2)
+    assert kills.total() >= 1, kills  # a rank may be done before its time comes
 
 
 @pytest.mark.soak

@@ -85,7 +85,9 @@ def test_killed_and_resumed_ends_the_same(data: Path, undisturbed: Path, tmp_pat
         assert step < 8, "there was a checkpoint to go on from"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGUSR1]
+)
 def test_signal_stops_after_the_step_with_a_checkpoint(
     data: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
