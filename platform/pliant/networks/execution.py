@@ -52,7 +52,8 @@ def grouped(block: Block, x: Tensor, gate: Tensor | None, closed: Closed) -> Ten
     left = F.relu(shortcut) if closed == "inside" and isinstance(block.downsample, nn.Sequential) else shortcut
     if len(kept) == 0:
         return left
-    part = block.residual(_rows(x, kept)).add_(_rows(shortcut, kept))
+    rows = _rows(x, kept)
+    part = block.residual(rows).add_(rows if shortcut is x else _rows(shortcut, kept))
     _put(left, kept, F.relu(part, inplace=True))
     return left
 
