@@ -35,6 +35,7 @@ from pliant.methods.urnet import URNet
 from pliant.networks.execution import folded
 from pliant.networks.gated import GatedNet
 from pliant.networks.gates import ClassPolicy, PolicyNetwork
+from pliant.networks.resnet import ResidualNet
 from pliant.recipe import parse_point
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -210,6 +211,11 @@ def measure(name: str, row: Row, run: Path, settings: Settings, checkpoint: str 
     return found  # type: ignore[no-any-return]
 
 
+def at_its_best(net: ResidualNet) -> ResidualNet:
+    """For inference on a CPU."""
+    return folded(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 @torch.inference_mode()
 def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
     """Time of grouped execution over that of a ResNet-32 without gates, at each point: batches of 64 test images, in
@@ -219,11 +225,10 @@ def clock(run: Path, at: Sequence[str], settings: Settings) -> dict[str, float]:
     net, recipe = cast(GatedNet, trained.net), cast(GatedRecipe, trained.recipe)
     if not (isinstance(recipe, URNet) and recipe.variant == "attention"):  # its blocks all run
         recipe = dataclasses.replace(recipe, execution="grouped")
-    whole = folded(dataclasses.replace(recipe.network, depth=32).build(10).eval())
-    net.backbone = folded(net.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    whole = at_its_best(dataclasses.replace(recipe.network, depth=32).build(10))
+    net.backbone = at_its_best(net.backbone)
     if isinstance(net.gates, PolicyNetwork):
-        net.gates.net = folded(net.gates.net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.gates.net = at_its_best(net.gates.net)
     with trained.feed.evaluation("val", batch=64) as batches:
         images = [batch.images for batch in islice(batches, 16)]
     ratios: dict[str, list[float]] = {point: [] for point in at}

@@ -73,13 +73,16 @@ class Window:
             f"{self.images_per_s:.0f} images/s  {self.passes_per_s:.1f} passes/s  data {self.data_share:.0%}{skipped}"
         )
 
+    def each_loss(self) -> str:
+        """The loss of each pass."""
+        return "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
+
     def line(self) -> str:
         """One line for a person."""
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
         rank, times = self.slowest
         waits = f"  slowest rank {rank} ({times:.2f}x)" if len(self.rank_seconds) > 1 and times > _SLOW else ""
         return (
-            f"step {self.step}/{self.steps}  epoch {self.epoch:.2f}  loss {losses}  lr {self.lr:.4g}  "
+            f"step {self.step}/{self.steps}  epoch {self.epoch:.2f}  loss {self.each_loss()}  lr {self.lr:.4g}  "
             f"{self.speed()}{waits}  left {duration(self.seconds_left)}"
         )
 
@@ -164,7 +167,7 @@ class Telemetry:
         if self._bar is None:
             self.say(window.line())
         else:
-            self._bar.losses = "  ".join(f"{name} {value:.3f}" for name, value in window.losses.items())
+            self._bar.losses = window.each_loss()
             self._bar.update(
                 self._task,
                 total=window.steps,

@@ -261,20 +261,20 @@ class Cost:
 
 def input_sides(net: ResidualNet, side: int) -> list[int]:
     """Pixels a side of each block's input, for an image of `side` x `side` pixels."""
-    now = side if net.spec.form == "cifar" else _halved(_halved(side))
+    now = side if net.spec.form == "cifar" else _strided(_strided(side, 2), 2)
     sides = []
     for block in net.blocks():
         sides.append(now)
-        now = now if block.stride == 1 else _halved(now)
+        now = _strided(now, block.stride)
     return sides
 
 
 def cost(net: ResidualNet, side: int) -> Cost:
     """What an image of `side` x `side` pixels costs."""
-    stem = _macs(net.conv1, side if net.spec.form == "cifar" else _halved(side))
+    stem = _macs(net.conv1, side if net.spec.form == "cifar" else _strided(side, 2))
     residual, shortcut = [], []
     for block, entering in zip(net.blocks(), input_sides(net, side), strict=True):
-        leaving = entering if block.stride == 1 else _halved(entering)
+        leaving = _strided(entering, block.stride)
         convolutions = [module for name, module in block.named_children() if name.startswith("conv")]
         residual.append(
             sum(
@@ -293,9 +293,9 @@ def _before_stride(block: Block, conv: nn.Conv2d) -> bool:
     return isinstance(block, Bottleneck) and conv is block.conv1
 
 
-def _halved(side: int) -> int:
-    """By a convolution or pooling with stride 2, padded: of an odd side the half is rounded up."""
-    return (side + 1) // 2
+def _strided(side: int, stride: int) -> int:
+    """What a padded convolution or pooling makes of it: rounded up."""
+    return -(-side // stride)
 
 
 def _macs(conv: nn.Conv2d, side: int) -> int:
