@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from pliant import cli
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from pliant.networks.resnet import ResNet
+from pliant.report import blocks
 from tests.runs import Launch, begun_at, command, final_state, finish, logged, losses, only_run, same, tiny_cifar
 from tests.test_resume import start, wait_for
 from tests.tiny_run import refusal
@@ -97,10 +98,12 @@ def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.Captur
         assert sorted(rows[f"{point}/position"].tolist()) == list(range(40))
         middle = measured["lines"][len(measured["lines"]) // 2]["point"]
         right = rows[f"{middle}/right"]
+        differ = any(np.ptp(rows[f"{line['point']}/macs"]) > 0 for line in measured["lines"])
         for end in ("easiest", "hardest"):
             assert right[rows[f"{middle}/{end}_rows"]].all()
             assert rows[f"{middle}/{end}"].shape == (min(16, right.sum()), 32, 32, 3)
-    for name in ("spectrum.png", "blocks.png", "classes.png", "images.png"):
+    assert (run / "images.png").is_file() == differ, "where all images cost alike there are no easy and no hard ones"
+    for name in ("spectrum.png", "blocks.png", "classes.png", *["images.png"] * differ):
         assert f"{run / name}" in said
         with Image.open(run / name) as picture:
             assert min(picture.size) > 300
@@ -111,6 +114,17 @@ def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.Captur
     for one, other in zip(masked["lines"], grouped["lines"], strict=True):
         assert one["top1"] == other["top1"]
         assert one["macs"] == other["macs"]
+
+
+def test_where_all_images_cost_alike_none_are_shown_as_easy_or_hard(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    cli.main(["spectrum", str(copied)])
+    with np.load(copied / "spectrum.npz") as rows:
+        kept = {name: np.ones_like(rows[name]) if name.endswith("/macs") else rows[name] for name in rows.files}
+    np.savez(copied / "spectrum.npz", **kept)
+    (copied / "images.png").touch()  # of an earlier spectrum
+    assert [path.name for path in blocks.draw(copied)] == ["blocks.png", "classes.png"]
+    assert not (copied / "images.png").exists()
 
 
 @pytest.mark.parametrize("step", [4, 7])

@@ -101,6 +101,8 @@ def test_tensorboard_has_the_loss_of_each_pass_of_each_step(run: Path) -> None:
     passes = steps[0]["losses"]
     assert list(passes) == ["1x", "0.5x", "random"]
     assert {tag for tag in boards.Tags()["scalars"] if tag.startswith("loss/")} == {f"loss/{name}" for name in passes}
+    assert "run/images_per_s" in boards.Tags()["scalars"]
+    assert "run/memory_gib" not in boards.Tags()["scalars"], "there is no GPU to tell of"
     for name in passes:
         events = boards.Scalars(f"loss/{name}")
         assert [event.step for event in events] == [line["step"] for line in steps]
@@ -127,6 +129,7 @@ def test_bar_on_a_terminal_has_speed_and_losses(tmp_path: Path, monkeypatch: pyt
         passes_per_s=40.0,
         data_share=0.1,
         rank_seconds=(1.0,),
+        memory_gib=11.52,
         seconds_left=9.0,
     )
     with Telemetry(RunFolder(tmp_path), first=True, step=0) as shown:
@@ -139,5 +142,8 @@ def test_bar_on_a_terminal_has_speed_and_losses(tmp_path: Path, monkeypatch: pyt
     assert "━" in bar
     assert "1x 2.345  0.35x 2.567  random 1 2.456  random 2 2.501" in {line.rstrip() for line in lines}
     assert max(map(len, lines[:-1])) <= 80
-    assert [line.startswith("step 3/12") for line in lines if line.strip()][-1], "the last words stay"
-    assert [line["losses"] for line in logged(tmp_path, "step")] == [window.losses], "the log has it all the same"
+    last = [line for line in lines if line.strip()][-1]
+    assert last.startswith("step 3/12"), "the last words stay"
+    assert "memory 11.5 GiB" in last
+    (kept,) = logged(tmp_path, "step")
+    assert (kept["losses"], kept["memory_gib"]) == (window.losses, 11.52), "the log has it all the same"

@@ -192,3 +192,40 @@ def test_best_on_the_held_out_images_is_kept_and_measured(tmp_path):
     cli.main(["spectrum", str(run), "--checkpoint", "best", "--split", "held_out", "--at", "0.5", "1"])
     found = report.read(run)
     assert (found["step"], found["split"]) == (best, "held_out")
+
+
+S_NET = """
+from pathlib import Path
+from pliant.experiment import Batching, Calibration, Data, Experiment, Optimization
+from pliant.methods.s_net import SNet
+from pliant.networks.mobilenet import MobileNet
+
+EXPERIMENT = Experiment(
+    name="switches",
+    recipe=SNet(network=MobileNet(full=0.25, divisor=4), widths=(1.0, 0.5)),
+    data=Data(source="cifar10", root=Path({root!r})),
+    batch=Batching(images=32, micro=16),
+    optimization=Optimization(lr=0.1, steps=6),
+    calibration=Calibration(images=64, batch=32),
+    runs=Path({runs!r}),
+)
+"""
+
+
+def test_switches_of_an_s_net_are_asked_with_the_statistics_they_trained_with(tmp_path, capsys):
+    """As validation asked them; a width between them has none, and is calibrated."""
+    tiny_cifar(tmp_path / "data", TEST_IMAGES)
+    recipe = tmp_path / "switches.py"
+    recipe.write_text(S_NET.format(root=str(tmp_path / "data"), runs=str(tmp_path / "runs")))
+    cli.main(["train", str(recipe), "--evaluate-epochs", "1"])
+    run = only_run(tmp_path / "runs")
+    followed = {line["point"]: line for line in logged(run, "val")[-1]["lines"]}
+    cli.main(["spectrum", str(run), "--at", "1", "0.75", "0.5"])
+    for line in report.read(run)["lines"]:
+        if line["point"] in followed:
+            assert (line["top1"], line["loss"]) == pytest.approx(
+                (followed[line["point"]]["top1"], followed[line["point"]]["loss"])
+            )
+    assert [path.name.split("-")[0] for path in run.glob("calibration/*/*")] == ["0.75x"]
+    cli.main(["export", str(run), "--at", "0.5", "--formats", "safetensors"])
+    assert len(list(run.glob("calibration/*/*"))) == 1, "nor does exporting calibrate them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -93,7 +94,9 @@ class Meter:
         micro_batches = steps * self._batching.micro_batches
         passes = len(self._losses[-1].values) / len(self._ranks.share(self._batching.micro_batches))
         alone = sum(begun.until(ended) for begun, ended in self._alone) / max(1, len(self._alone))
-        rank_seconds = self._ranks.rows(torch.tensor([alone], dtype=torch.float64, device=self._ranks.device))
+        device = self._ranks.device
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
+        rows = self._ranks.rows(torch.tensor([alone, memory], dtype=torch.float64, device=device))
         window = Window(
             step=done,
             steps=self._schedule.total,
@@ -108,7 +111,8 @@ class Meter:
             images_per_s=micro_batches * self._batching.micro / seconds,
             passes_per_s=micro_batches * passes / seconds,
             data_share=min(1.0, self._waited / seconds),
-            rank_seconds=tuple(rank_seconds[:, 0].tolist()),
+            rank_seconds=tuple(rows[:, 0].tolist()),
+            memory_gib=rows[:, 1].max().item() if device.type == "cuda" else None,
             seconds_left=seconds / steps * (self._schedule.total - done),
         )
         self._clear()

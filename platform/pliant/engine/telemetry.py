@@ -57,6 +57,8 @@ class Window:
     rank_seconds: tuple[float, ...]
     """What each rank spent on a step before it had to wait for the others: loading, and all passes up to the last
     backward."""
+    memory_gib: float | None
+    """Peak of the memory that tensors have taken since the start, on the GPU where it is highest; None without GPUs."""
     seconds_left: float
 
     @property
@@ -81,9 +83,10 @@ class Window:
         """One line for a person."""
         rank, times = self.slowest
         waits = f"  slowest rank {rank} ({times:.2f}x)" if len(self.rank_seconds) > 1 and times > _SLOW else ""
+        memory = "" if self.memory_gib is None else f"  memory {self.memory_gib:.1f} GiB"
         return (
             f"step {self.step}/{self.steps}  epoch {self.epoch:.2f}  loss {self.each_loss()}  lr {self.lr:.4g}  "
-            f"{self.speed()}{waits}  left {duration(self.seconds_left)}"
+            f"{self.speed()}{memory}{waits}  left {duration(self.seconds_left)}"
         )
 
 
@@ -182,6 +185,8 @@ class Telemetry:
         scalars |= {f"metrics/{name}": value for name, value in window.metrics.items()}
         for name in ("lr", "norm", "skipped", "images_per_s", "passes_per_s", "data_share"):
             scalars[f"run/{name}"] = getattr(window, name)
+        if window.memory_gib is not None:
+            scalars["run/memory_gib"] = window.memory_gib
         if len(window.rank_seconds) > 1:
             scalars["ranks/slowest_over_median"] = window.slowest[1]
             scalars |= {f"ranks/seconds/{rank}": seconds for rank, seconds in enumerate(window.rank_seconds)}

@@ -34,5 +34,9 @@ class INet(WidthRecipe):
     def points(self) -> tuple[Point, ...]:
         return (Width(self.width),)
 
+    def calibrates(self, point: Point) -> bool:
+        """It has the statistics that it trained with, as any network."""
+        return False
+
     def graphs(self) -> int | str:
         return 1

@@ -56,5 +56,9 @@ class SNet(WidthRecipe):
             return super().admits(point)
         return admitted(point, self.widths[-1], self.widths[0], self.network.number_of_groups)
 
+    def calibrates(self, point: Point) -> bool:
+        """A switch has the statistics that it trained with."""
+        return point not in self.points()
+
     def graphs(self) -> int | str:
         return len(self.widths)

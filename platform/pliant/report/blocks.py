@@ -13,6 +13,7 @@ from pliant.aside import written_aside
 from pliant.report.spectrum import read, title
 
 Rows = Mapping[str, NDArray[Any]]
+_NAMES = ("blocks.png", "classes.png", "images.png")
 
 
 def draw(run: Path) -> list[Path]:
@@ -20,8 +21,11 @@ def draw(run: Path) -> list[Path]:
 
     blocks.png: the share of images that open each block, at each point (URNet Fig. 4, SkipNet Fig. 10a).
     classes.png: blocks left out per class, over the class's accuracy (SkipNet Fig. 9).
-    images.png: the images that cost least and most (SkipNet Fig. 7, BlockDrop Fig. 5).
+    images.png: the images that cost least and most (SkipNet Fig. 7, BlockDrop Fig. 5), at the middle one of the points
+    at which images differ in cost; there is none where they never do.
     """
+    for name in _NAMES:
+        (run / name).unlink(missing_ok=True)  # of an earlier spectrum, at other points
     path = run / "spectrum.npz"
     if not path.is_file():
         return []
@@ -37,8 +41,10 @@ def draw(run: Path) -> list[Path]:
         ("blocks.png", lambda figure: _usage(figure, spectrum, rows)),
         ("classes.png", lambda figure: _classes(figure, spectrum, middle, rows[middle])),
     ]
-    if "easiest" in rows[middle]:
-        pictures.append(("images.png", lambda figure: _images(figure, spectrum, middle, rows[middle])))
+    differing = [point for point in points if "easiest" in rows[point] and np.ptp(rows[point]["macs"]) > 0]
+    if differing:
+        between = differing[len(differing) // 2]
+        pictures.append(("images.png", lambda figure: _images(figure, spectrum, between, rows[between])))
     return [_saved(run / name, paint) for name, paint in pictures]
 
 
