@@ -1,6 +1,7 @@
 """What is found on disk, what is kept of it, and what is said where the folder is not as it should be."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -287,6 +288,21 @@ def test_an_unwritable_cache_is_done_without(image_folder, own_cache, monkeypatc
     blocker.write_text("a file where the cache folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocker))
     np.testing.assert_array_equal(scan(image_folder / "train", None).sizes, before.sizes)
+
+
+def test_where_nothing_can_be_locked_the_index_is_built_and_kept_all_the_same(image_folder, own_cache, monkeypatch):
+    """No file stands for a lock there: it would outlive a machine that is gone, and hold up every later start."""
+
+    def flock(*given: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = scan(image_folder / "train", None)
+    (kept,) = (own_cache / "pliant").glob("*.safetensors")
+    written = kept.stat().st_mtime_ns
+    np.testing.assert_array_equal(scan(image_folder / "train", None).sizes, before.sizes)
+    assert kept.stat().st_mtime_ns == written, "the second start reads it"
+    assert [path.name for path in (own_cache / "pliant").glob("*.lock") if path.stat().st_size] == []
 
 
 def test_classes_come_from_a_list_where_not_all_are_present(image_folder, tmp_path):

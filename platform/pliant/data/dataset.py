@@ -16,7 +16,7 @@ from pliant.data.sources.folder import open_folder
 from pliant.data.sources.shards import open_shards
 from pliant.data.sources.svhn import open_svhn
 from pliant.errors import UserError
-from pliant.experiment import Data
+from pliant.images import Data
 from pliant.randomness import philox
 
 SplitName = Literal["train", "held_out", "val"]

@@ -33,7 +33,8 @@ from pliant.data.order import Order, steps_per_epoch
 from pliant.data.plan import Draws, Plan, centre_plan, mixed_plan, padded_plan, training_plan, whole_plan
 from pliant.data.prefetch import Prefetch
 from pliant.errors import UserError
-from pliant.experiment import Batching, Data
+from pliant.experiment import Batching
+from pliant.images import Data
 from pliant.randomness import philox
 
 __all__ = ["Batch", "Dataset", "Feed", "open_dataset"]

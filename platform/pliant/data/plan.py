@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pliant.data.erasing import Erasing, drawn_erasing
 from pliant.data.mixing import Mixing, drawn_mixing
 from pliant.data.policies import Operations, autoaugment, randaugment
-from pliant.experiment import Data
+from pliant.images import Data
 
 Draws = Callable[[str], np.random.Generator]
 """The generator of a purpose ("crop", "flip", "operations", "jitter", "lighting", "erasing", "mixing"): one each, so

@@ -37,7 +37,8 @@ from pliant.engine.precision import Precision
 from pliant.engine.ranks import Ranks
 from pliant.engine.session import build_net, make_feed
 from pliant.errors import Interrupted, UserError
-from pliant.experiment import Calibration, Data, Experiment
+from pliant.experiment import Calibration, Experiment
+from pliant.images import Data
 from pliant.recipe import Measurement, Point, Recipe
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import tyro
 from pliant.aside import written_aside
 from pliant.cores import usable_cores
 from pliant.errors import Interrupted, UserError, printable
-from pliant.experiment import Data
+from pliant.images import Data
 from pliant.preparation import imagenet, small, staging, truth
 from pliant.preparation import split as held_out_split
 from pliant.preparation import verify as verification

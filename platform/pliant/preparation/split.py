@@ -10,7 +10,7 @@ import numpy as np
 
 from pliant.data.dataset import held_out_positions, open_dataset
 from pliant.data.index import Index, Split
-from pliant.experiment import Data
+from pliant.images import Data
 
 
 def lists(data: Data, seed: int) -> tuple[list[str], list[str]]:

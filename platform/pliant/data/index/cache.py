@@ -157,7 +157,8 @@ def _locked(path: Path, folder: Path) -> FileLock | None:
     """Held until released, or until this process ends; None where the cache cannot be locked."""
     with suppress(*_UNUSABLE):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
+        # Without the system's locks all build at once: a soft lock would outlive a machine that is gone.
+        lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
         try:
             lock.acquire(timeout=_PATIENCE_S)
         except Timeout:
