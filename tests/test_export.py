@@ -24,7 +24,7 @@ from pliant.methods.s_net import SNet
 from pliant.methods.us_net import USNet
 from pliant.methods.widths import width_of
 from pliant.networks.mobilenet import MobileNet
-from pliant.networks.ordinary import ordinary
+from pliant.networks.ordinary import absorbed, ordinary
 from pliant.recipe import Point, Recipe, Width, Widths
 from pliant.torchvision_cpu import make_importable
 from tests.small_recipes import Plain
@@ -173,6 +173,41 @@ def test_torch_program_gives_the_same_logits_without_pliant(trained, folder, num
     without_pliant(monkeypatch)
     program = torch.export.load(folder / "model.pt2").module()
     near(program(images(number)), expected)
+
+
+def test_neither_program_has_a_batch_norm_left(folder):
+    import onnx
+
+    program = torch.export.load(folder / "model.pt2")
+    operators = {str(node.target) for node in program.graph.nodes} | {
+        node.op_type for node in onnx.load(folder / "model.onnx").graph.node
+    }
+    assert any("conv" in name for name in operators)
+    assert not any("batch" in name.lower() for name in operators)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_convolutions_take_in_the_batch_norm_behind_them(version):
+    recipe = USNet(network=MobileNet(version=version, full=0.25, divisor=2))
+    plain = recipe.export(calibrated(recipe, Width(0.55)), Width(0.55)).double()
+    folded = absorbed(plain)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()), "a copy"
+    torch.testing.assert_close(answers(folded, 5), answers(plain, 5), atol=1e-9, rtol=1e-9)
+
+
+def test_a_norm_that_no_convolution_comes_before_stays():
+    """Nor is one taken in where a sequence of another kind may run its layers in another order."""
+
+    class Backwards(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[0](self[1](x))
+
+    layers = (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    net = shaken(nn.Sequential(nn.BatchNorm2d(3), Backwards(*layers), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    folded = absorbed(net)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 2
+    torch.testing.assert_close(answers(folded, 5), answers(net, 5), atol=1e-9, rtol=1e-9)
 
 
 @batch_sizes

@@ -16,6 +16,9 @@ from pliant import record
 from pliant.aside import written_aside
 from pliant.engine.trained import Trained
 from pliant.errors import UserError, optional_import
+from pliant.networks.execution import folded
+from pliant.networks.ordinary import absorbed
+from pliant.networks.resnet import ResidualNet
 from pliant.recipe import Point
 
 
@@ -63,6 +66,7 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
         written.append(path)
     program = None
     if "torch" in formats or "onnx" in formats:
+        plain = folded(plain) if isinstance(plain, ResidualNet) else absorbed(plain)
         batch = torch.export.Dim("batch", min=1)
         with warnings.catch_warnings():  # of torch's, about itself
             warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)

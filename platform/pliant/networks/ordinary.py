@@ -5,10 +5,13 @@ What is exported, and what parameters are counted on. Nothing of this package is
 
 from __future__ import annotations
 
+import copy
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pliant.networks.slimmable import SlimmableBatchNorm2d, SlimmableConv2d, SlimmableLinear
 
@@ -58,6 +61,19 @@ def ordinary(net: SlimmableNet, width: WidthLike) -> nn.Module:
         elif isinstance(layer, SlimmableBatchNorm2d):
             _copy_norm(layer, plain.get_submodule(name), None if index is None else min(index, layer.last_set))
     return plain.eval()
+
+
+@torch.no_grad()
+def absorbed(net: nn.Module) -> nn.Module:
+    """A copy for inference whose convolutions have taken in the batch norm that comes next in a sequence (US-Nets,
+    Eq. 7: it is a scale and a shift by then); others stay."""
+    plain = copy.deepcopy(net).eval()
+    for sequence in plain.modules():
+        if type(sequence) is nn.Sequential:  # a subclass may run its layers in another order
+            for number, (conv, norm) in enumerate(pairwise(sequence)):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    sequence[number], sequence[number + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return plain
 
 
 def _first(source: Tensor, like: Tensor) -> Tensor:
