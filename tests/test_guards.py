@@ -232,14 +232,14 @@ def test_nccl_s_group_is_left_open_by_a_rank_that_fails_alone(
 
 ABANDONS = """
 import atexit, torch.distributed as dist
-from pliant import cli
+from pliant.guard import guarded
 from pliant.engine import ranks
 from pliant.errors import UserError
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 atexit.register(print, "the interpreter came to its end")
 def fails():
     raise {error}
-cli._guard(fails)
+guarded(fails)
 """
 
 

@@ -120,6 +120,31 @@ def test_nonuniform_widths_are_each_micro_batch_s_own_and_the_bounds_stay_unifor
     assert all(0.35 <= ratio < 1.0 for ratio in ratios)
 
 
+def test_accumulated_statistics_are_those_of_the_widths_that_were_drawn():
+    """Section 3.2: of the grid alone, each width's own, and none is moved by another's pass."""
+    recipe = USNet(network=TINY, low=0.5, grid=0.125, n=3, statistics="accumulated")
+    net = build(recipe)
+    norm = net.features[-2].conv[0][1]
+    assert len(norm.channels_of_sets) == len(recipe.points()) == 5
+    assert recipe.tracked() == (Width(0.5), Width(1.0)), "validation follows the bounds all the same"
+    drawn = set()
+    for step in range(6):
+        largest, smallest, between = recipe.widths(net, Draw(0, 0, step, 0))
+        assert Width(between) in recipe.points()
+        drawn |= {largest, smallest, between}
+        train(recipe, net, Draw(0, 0, step, 0), at())
+    for point in recipe.points():
+        moved = getattr(norm, f"mean_{net.index(point.ratio)}").abs().sum() > 0
+        assert moved == (point.ratio in drawn)
+        assert not recipe.calibrates(point)
+    assert len(drawn) < 5, "or nothing is told apart"
+    assert recipe.admits(Width(0.625)) is None
+    assert recipe.admits(Width(0.7)) is not None, "there are no statistics for it"
+    assert recipe.narrower(net, Width(1.0), 0.1) == []
+    with pytest.raises(UserError, match="too many to accumulate statistics for"):
+        USNet(network=TINY, nonuniform=True, statistics="accumulated")
+
+
 @pytest.mark.parametrize(
     ("rule", "points"),
     [("sandwich", (0.35, 1.0)), ("min", (0.35,)), ("max", (1.0,)), ("random", ())],

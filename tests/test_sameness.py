@@ -109,7 +109,7 @@ def test_images_in_memory_are_told_apart_by_pixels_and_labels(tmp_path):
 OPENED_BY_TWO = """
 import os, sys
 from pathlib import Path
-from pliant import cli
+from pliant.guard import guarded
 from pliant.engine.ranks import joined
 from pliant.engine.session import make_feed
 from pliant.experiment import Batching, Data, Experiment
@@ -120,7 +120,7 @@ def opened():
     with joined() as ranks:
         make_feed(Experiment(name="two", recipe=Plain(), data=data, batch=Batching(images=8, micro=4)), ranks)
 
-cli._guard(opened)
+guarded(opened)
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,9 @@ Run = Annotated[Path, tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
-    """Which network of a run, at which points, on which images."""
-
+class _OfRun:
     run: Run
     """Folder of the run, as train named it."""
-    at: tuple[str, ...] = ()
-    """Points: widths (0.35 0.5), a range with its step (0.35:0.05:1.0), one width for each group (1/0.5/…), scales
-    (S0.6), or native. Default: the recipe's own."""
     checkpoint: str = "newest"
     """newest, best (by the held-out split), or the step of one that was kept."""
     root: Path | None = None
@@ -44,6 +40,15 @@ class Ask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ask(_OfRun):
+    """Which network of a run, at which points, on which images."""
+
+    at: tuple[str, ...] = ()
+    """Points: widths (0.35 0.5), a range with its step (0.35:0.05:1.0), one width for each group (1/0.5/…), scales
+    (S0.6), or native. Default: the recipe's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AskSpectrum(Ask):
     """Accuracy and cost of a run's network at many points, each image decoded once for all of them."""
 
@@ -51,6 +56,25 @@ class AskSpectrum(Ask):
     """Which images; auto: the validation images, or the held-out ones where there are none."""
     execution: Literal["masked", "grouped"] | None = None
     """How a network on depth leaves blocks out (methods on depth); default: as the run's recipe says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskSlim(_OfRun):
+    """Widths for each group of layers of a trained US-Net, at a cost: step by step that group gets narrower which loses
+    least for what it saves."""
+
+    macs: float
+    """Multiply-accumulates of an image to come down to, in millions."""
+    step: float = 0.1
+    """Share of a group's channels that is taken at a time, in (0, 1]."""
+    split: Literal["held_out", "val"] = "held_out"
+    """Images whose loss decides. Of the validation images, accuracy says less once they have been chosen by."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.macs < math.inf:
+            raise UserError(f"No network takes {self.macs:g} million multiply-accumulates: write a --macs above 0.")
+        if not 0.0 < self.step <= 1.0:
+            raise UserError(f"A share of channels lies in (0, 1], not {self.step:g}: write for instance --step 0.1.")
 
 
 @dataclass(frozen=True, kw_only=True)

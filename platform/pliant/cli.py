@@ -11,20 +11,17 @@ import os
 # times; if they slept at once, an idle machine would take half as long again.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-import errno
-import logging
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from pliant.asks import Ask, AskCheckpoint, AskCompare, AskExport, AskSpectrum, parse_points
-from pliant.errors import EXIT_INTERRUPTED, EXIT_RANKS_LOST, EXIT_USER_ERROR, Interrupted, RanksLost, UserError
+from pliant.asks import Ask, AskCheckpoint, AskCompare, AskExport, AskSlim, AskSpectrum, parse_points
+from pliant.errors import EXIT_USER_ERROR, Interrupted, UserError
 from pliant.experiment import Experiment
+from pliant.guard import guarded
 
 if TYPE_CHECKING:
     from pliant.engine.ranks import Ranks
@@ -34,14 +31,11 @@ _COMMANDS = {
     "spectrum": "accuracy and cost of a run's network at many points: pliant spectrum RUN",
     "compare": "several runs' spectra in one table and picture: pliant compare RUN RUN",
     "calibrate": "batch-norm statistics of points: pliant calibrate RUN --at 0.5",
+    "slim": "widths for each group of layers, at a cost: pliant slim RUN --macs 150",
     "checkpoint": "list or verify a run's checkpoints: pliant checkpoint verify RUN",
     "export": "an ordinary network at one point: pliant export RUN --at 0.5",
     "data": "unpack, shard, split or verify a dataset: pliant data --help",
 }
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,19 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
     if command == "train":
-        _guard(lambda: _train_command(given[1:]))
+        guarded(lambda: _train_command(given[1:]))
     elif command == "spectrum":
-        _guard(lambda: _spectrum_command(tyro.cli(AskSpectrum, args=given[1:], prog="pliant spectrum")))
+        guarded(lambda: _spectrum_command(tyro.cli(AskSpectrum, args=given[1:], prog="pliant spectrum")))
     elif command == "calibrate":
-        _guard(lambda: _calibrate(tyro.cli(Ask, args=given[1:], prog="pliant calibrate")))
+        guarded(lambda: _calibrate(tyro.cli(Ask, args=given[1:], prog="pliant calibrate")))
     elif command == "checkpoint":
-        _guard(lambda: _checkpoint(given[1:]))
+        guarded(lambda: _checkpoint(given[1:]))
+    elif command == "slim":
+        guarded(lambda: _slim(tyro.cli(AskSlim, args=given[1:], prog="pliant slim")))
     elif command == "export":
-        _guard(lambda: _export(tyro.cli(AskExport, args=given[1:], prog="pliant export")))
+        guarded(lambda: _export(tyro.cli(AskExport, args=given[1:], prog="pliant export")))
     elif command == "compare":
-        _guard(lambda: _compare(tyro.cli(AskCompare, args=given[1:], prog="pliant compare")))
+        guarded(lambda: _compare(tyro.cli(AskCompare, args=given[1:], prog="pliant compare")))
     elif command == "data":
-        _guard(lambda: _data(given[1:]))
+        guarded(lambda: _data(given[1:]))
     else:
         lines = "\n".join(f"  {name:<10} {text}" for name, text in _COMMANDS.items())
         asked = command in ("-h", "--help")
@@ -79,7 +75,7 @@ def run(experiment: Experiment, recipe_file: str, *, show: bool = False) -> None
         recipe_file: the file itself, kept in the run's folder.
         show: measure the spectrum afterwards.
     """
-    _guard(lambda: _train(experiment, Path(recipe_file), None, show=show))
+    guarded(lambda: _train(experiment, Path(recipe_file), None, show=show))
 
 
 def _train_command(arguments: Sequence[str]) -> None:
@@ -180,6 +176,26 @@ def _calibrate(ask: Ask) -> None:
             print(done if calibrated else "Nothing to calibrate: the network's own running statistics serve.")
 
 
+def _slim(ask: AskSlim) -> None:
+    from pliant.engine.launch import program
+    from pliant.engine.ranks import joined
+    from pliant.engine.slimming import slim
+    from pliant.engine.trained import opened, write_measured
+    from pliant.report.spectrum import millions
+
+    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
+        trained.feed.dataset.split(ask.split)
+        calibration = ask.calibration(trained.experiment.calibration)
+        lines = []
+        for line in slim(trained, calibration, ask.split, macs=ask.macs * 1e6, step=ask.step):
+            lines.append(line)
+            if ranks.first:
+                print(f"{millions(line.macs)} M multiply-accumulates, top-1 {line.top1:.2%}, loss {line.loss:.4f}")
+                path = write_measured(trained, "slimming.json", lines, calibration, ask.split)
+        if ranks.first:
+            print(f"On the way: {path}\nIts spectrum: {program('pliant')} spectrum {ask.run} --at {line.point}")
+
+
 def _export(ask: AskExport) -> None:
     from pliant.engine.ranks import joined
     from pliant.engine.trained import opened
@@ -224,77 +240,3 @@ def _data(arguments: Sequence[str]) -> None:
     from pliant.preparation.command import data_command
 
     data_command(arguments)
-
-
-def _guard(action: Callable[[], None]) -> None:
-    """Runs it, its log on stderr; what a user can mend becomes a sentence and an exit status."""
-    try:
-        with _heard():
-            action()
-    except (UserError, RanksLost) as error:
-        print(f"{_prefix()}error: {error}", file=sys.stderr, flush=True)
-        _exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANKS_LOST)
-    except Interrupted as stop:
-        if _rank() == "0":
-            from pliant.engine.launch import again
-
-            print(f"{stop}\nGo on with: {again(stop.command or sys.argv, stop.run)}", flush=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (*_FULL, *_FORBIDDEN):
-            _end_abandoned()
-            raise
-        place = error.filename or "A file"
-        what, mend = ("written", "make room there") if error.errno in _FULL else ("used", "mend its permissions")
-        print(
-            f"{_prefix()}error: {place} cannot be {what} ({error.strerror}): {mend}; what was written before stands.",
-            file=sys.stderr,
-        )
-        _exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:  # before the run listens for signals, or after it
-        print("Stopped.", file=sys.stderr)
-        _exit(130)
-    except Exception:
-        _end_abandoned()
-        raise
-
-
-def _exit(status: int) -> NoReturn:
-    _end_abandoned(status)
-    sys.exit(status)
-
-
-def _end_abandoned(status: int | None = None) -> None:
-    """Ends the process at once if a process group was left open: the interpreter would close it, and wait for ranks
-    that do not come. Without a status, what is being raised is printed first, and the status is 1."""
-    ranks = sys.modules.get("pliant.engine.ranks")
-    if ranks is None or not ranks.abandoned():
-        return
-    if status is None:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if status is None else status)
-
-
-@contextmanager
-def _heard() -> Iterator[None]:
-    """Shows what parts without a place of their own to speak say: that a long scan gets on, for instance."""
-    logger, handler = logging.getLogger("pliant"), logging.StreamHandler()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-def _prefix() -> str:
-    return "" if _rank() == "0" else f"rank {_rank()}: "
-
-
-def _rank() -> str:
-    """This process's rank, once it has joined the others."""
-    return os.environ.get("RANK", "0")

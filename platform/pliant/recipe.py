@@ -274,6 +274,14 @@ class Recipe(ABC):
         """Whether batch norm needs statistics of its own at `point`, measured after training."""
         return not isinstance(point, Native)
 
+    def narrower(self, net: nn.Module, point: Point, step: float) -> Sequence[Point]:
+        """The points next below `point`, each of them cheaper in one place: what `pliant slim` chooses from.
+
+        Args:
+            step: share of what there is in a place that is taken at a time, in (0, 1].
+        """
+        return ()
+
     def export(self, net: nn.Module, point: Point) -> nn.Module | None:
         """The ordinary network at `point`, in evaluation mode, without anything of Pliant; None if there is none.
         `net` holds the point's statistics."""

@@ -94,9 +94,18 @@ class Trained:
         kept = {point: self._kept(point, calibration) for point in points if point not in as_trained}
         missing = [point for point, statistics in kept.items() if statistics is None]
         if missing:
-            kept |= self._calibrate(missing, calibration)
+            measured = self._calibrate(missing, calibration)
+            kept |= measured
+            if self.ranks.first:
+                for point, statistics in measured.items():
+                    self._keep(point, calibration, statistics)
         calibrated = {point: impose(self.net, statistics or {}) for point, statistics in kept.items()}
         return {point: as_trained.get(point) or calibrated[point] for point in points}
+
+    def calibrated(self, points: Sequence[Point], calibration: Calibration) -> dict[Point, nn.Module]:
+        """Collective. The network at each point, with post-statistics that are measured now and kept nowhere."""
+        measured = self._calibrate(points, calibration)
+        return {point: impose(self.net, measured[point]) for point in points}
 
     def _calibrate(
         self, points: Sequence[Point], calibration: Calibration
@@ -110,7 +119,7 @@ class Trained:
         with self.feed.calibration(
             images=images, batch=batch, augment=calibration.augment, seed=seed, rank=rank, ranks=ranks
         ) as batches:
-            measured = calibrate(
+            return calibrate(
                 self.recipe,
                 self.net,
                 points,
@@ -120,10 +129,6 @@ class Trained:
                 precision=Precision(self.experiment.precision, self.ranks.device),
                 ranks=self.ranks,
             )
-        if self.ranks.first:
-            for point, statistics in measured.items():
-                self._keep(point, calibration, statistics)
-        return measured
 
     def _path(self, point: Point, calibration: Calibration) -> Path:
         augment = "-augmented" if calibration.augment else ""
@@ -217,6 +222,21 @@ def write_spectrum(
     rows: Mapping[Point, Rows],
 ) -> Path:
     """Writes spectrum.json into the run's folder, and spectrum.npz where a method marks images; whole or not at all."""
+    _write_rows(trained, rows, cast(SplitName, split))
+    return write_measured(trained, "spectrum.json", lines, calibration, split, classes=bool(rows))
+
+
+def write_measured(
+    trained: Trained,
+    name: str,
+    lines: Sequence[Measurement],
+    calibration: Calibration,
+    split: str,
+    *,
+    classes: bool = False,
+) -> Path:
+    """Writes measurements into a file of the run's folder, whole or not at all, with what they are of; and the names of
+    the classes."""
     data: Data = trained.experiment.data
     plain = {
         "name": trained.experiment.name,
@@ -224,14 +244,13 @@ def write_spectrum(
         "step": trained.step,
         "dataset": str(data.root),
         "generated": trained.feed.dataset.generated,
-        "classes": list(trained.feed.dataset.classes) if rows else [],
+        "classes": list(trained.feed.dataset.classes) if classes else [],
         "split": split,
         "fingerprint": dataclasses.asdict(trained.feed.dataset.split(cast(SplitName, split)).fingerprint),
         "calibration": dataclasses.asdict(calibration),
         "lines": [dataclasses.asdict(line) for line in lines],
     }
-    _write_rows(trained, rows, cast(SplitName, split))
-    path = trained.folder.path / "spectrum.json"
+    path = trained.folder.path / name
     with written_aside(path, contended=True) as beside:
         beside.write_text(json.dumps(plain, indent=2) + "\n")
     return path

@@ -5,7 +5,7 @@ Gradients of the passes are summed, not averaged, as in the authors' code, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from pliant.errors import UserError
 from pliant.methods.distillation import mixed_cross_entropy, soft_labels
-from pliant.methods.widths import WidthRecipe, admitted, grid
+from pliant.methods.widths import WidthRecipe, admitted, grid, width_of
 from pliant.networks.mobilenet import SlimmableNet, WidthLike
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Pass, Point, Progress, Width
+from pliant.recipe import Batch, Pass, Point, Progress, Recipe, Width, Widths
 
 Rule = Literal["sandwich", "min", "max", "random"]
 
@@ -46,6 +46,10 @@ class USNet(WidthRecipe):
     largest passes stay uniform."""
     grid: float = 0.05
     """Distance of the widths that a spectrum shows."""
+    statistics: Literal["measured", "accumulated"] = "measured"
+    """Those of batch norm in a trained network. measured: after training, for any width. accumulated, an ablation
+    (section 3.2: much worse): each width of the grid has its own and moves them when it is drawn; no others are
+    drawn."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.low <= self.high <= 1.0:
@@ -72,11 +76,16 @@ class USNet(WidthRecipe):
             raise UserError("Nothing decays from 0: write --recipe.hard as well, or leave --recipe.hard-decay out.")
         if not self.grid > 0.0:
             raise UserError(f"Widths cannot be {self.grid:g} apart: write a --recipe.grid above 0.")
+        if self.statistics == "accumulated" and self.nonuniform:
+            raise UserError(
+                "Nonuniform widths are too many to accumulate statistics for: leave --recipe.nonuniform or "
+                "--recipe.statistics accumulated out."
+            )
         super().__post_init__()
 
     def build(self, classes: int) -> SlimmableNet:
-        tracked = [cast(Width, point).ratio for point in self.tracked()]
-        return self.network.build(classes, tracked=tracked, widest=self.high)
+        own = self.points() if self.statistics == "accumulated" else self.tracked()
+        return self.network.build(classes, tracked=[cast(Width, point).ratio for point in own], widest=self.high)
 
     def passes(self, progress: Progress) -> int:
         return self.n
@@ -103,9 +112,13 @@ class USNet(WidthRecipe):
             fixed.append(self.low)
         rest = self.n - len(fixed)
         if not self.nonuniform:
-            return [*fixed, *draw.uniform(self.low, self.high, rest)]
+            drawn = draw.uniform(self.low, self.high, rest)
+            return [*fixed, *(drawn if self.statistics == "measured" else map(self._on_grid, drawn))]
         ratios = draw.own("nonuniform").uniform(self.low, self.high, (rest, len(net.groups)))
         return [*fixed, *(tuple(row) for row in ratios.tolist())]
+
+    def _on_grid(self, width: float) -> float:
+        return min(grid(self.low, self.high, self.grid), key=lambda one: abs(one - width))
 
     def points(self) -> tuple[Point, ...]:
         return tuple(Width(width) for width in grid(self.low, self.high, self.grid))
@@ -114,8 +127,27 @@ class USNet(WidthRecipe):
         bounds = {"sandwich": (self.low, self.high), "min": (self.low,), "max": (self.high,), "random": ()}
         return tuple(Width(width) for width in dict.fromkeys(bounds[self.rule]))
 
+    def calibrates(self, point: Point) -> bool:
+        return self.statistics == "measured"
+
     def admits(self, point: Point) -> str | None:
+        if self.statistics == "accumulated":
+            return Recipe.admits(self, point)
         return admitted(point, self.low, self.high, self.network.number_of_groups)
+
+    def narrower(self, net: nn.Module, point: Point, step: float) -> Sequence[Point]:
+        """One group of layers by a step, or by as many as it takes to lose channels."""
+        slimmable, width = cast(SlimmableNet, net), width_of(point)
+        ratios = (width,) * len(slimmable.groups) if isinstance(width, float) else tuple(width)
+        found: list[Point] = []
+        for group, ratio in enumerate(ratios if self.statistics == "measured" else ()):
+            while ratio > self.low:
+                ratio = max(self.low, round(ratio - step, 6))
+                below = (*ratios[:group], ratio, *ratios[group + 1 :])
+                if slimmable.channels(below) != slimmable.channels(ratios):
+                    found.append(Widths(below))
+                    break
+        return found
 
     def graphs(self) -> int | str:
         if self.n > len(self.tracked()):
