@@ -92,6 +92,16 @@ def test_table_shows_every_figure_whole_whatever_the_terminal(measured, columns)
         assert any(all(f" {figure} " in row for figure in figures) for row in lines)
 
 
+def test_widths_of_many_groups_leave_room_for_the_figures(measured):
+    line = {**measured["lines"][0], "point": "/".join(["0.835"] * 24) + "x"}
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table({**measured, "lines": [line]}))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(" 0.835/0.83… " in row for row in lines)
+    assert report.label("0.075x") == "0.075x"
+
+
 def test_title_says_what_was_measured_on_what(measured):
     assert report.title(measured) == "tiny: one USNet after 2 steps, 40 validation images"
     generated = {**measured, "generated": True, "split": "held_out"}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pliant.errors import UserError
-from pliant.report.spectrum import millions, picture, plot, read
+from pliant.report.spectrum import label, millions, picture, plot, read
 
 
 def read_all(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -65,7 +65,7 @@ def table(spectra: dict[str, dict[str, Any]]) -> Table:
         lines = sorted(spectrum["lines"], key=lambda line: float(line["macs"] or 0))
         for number, line in enumerate(lines):
             texts = (f"{100 * line['top1']:.2f}", millions(line["macs"]), millions(line["parameters"], digits=3))
-            rows.add_row(name if number == 0 else "", line["point"], *texts, end_section=len(lines) == 1)
+            rows.add_row(name if number == 0 else "", label(line["point"]), *texts, end_section=len(lines) == 1)
         if len(lines) > 1:
             mean = 100 * sum(line["top1"] for line in lines) / len(lines)
             cost = millions(sum(float(line["macs"] or 0) for line in lines) / len(lines))

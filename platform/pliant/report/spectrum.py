@@ -54,7 +54,7 @@ def _cells(line: dict[str, Any]) -> dict[str, str]:
     """A line of the spectrum as text, by heading."""
     own = line.get("figures", {})
     cells = {
-        "point": line["point"],
+        "point": label(line["point"]),
         "top-1 %": f"{100 * line['top1']:.2f}",
         "top-5 %": f"{100 * line['top5']:.2f}",
         "loss": f"{line['loss']:.3f}",
@@ -65,6 +65,12 @@ def _cells(line: dict[str, Any]) -> dict[str, str]:
     left_out = ("top-5 %", "parameters (M)") if own else ("± (M)",)
     cells = {name: text for name, text in cells.items() if name not in left_out}
     return cells | {name.replace("_sd", " ±"): f"{value:.2f}".removesuffix(".00") for name, value in own.items()}
+
+
+def label(point: str) -> str:
+    """A point as a table and a picture have room for it: of a width for each of many groups, the first ones. The
+    spectrum.json holds it whole."""
+    return point if len(point) <= 12 else f"{point[:10]}…"
 
 
 def millions(value: float | None, digits: int = 2) -> str:
@@ -104,7 +110,13 @@ def _curve(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
     for line, cost, accuracy in _apart(plot(axes, lines, color="#1f5fa8")):
         # Below and to the right: the curve rises, and no other point lies there.
         axes.annotate(
-            line["point"], (cost, accuracy), textcoords="offset points", xytext=(4, -4), ha="left", va="top", fontsize=8
+            label(line["point"]),
+            (cost, accuracy),
+            textcoords="offset points",
+            xytext=(4, -4),
+            ha="left",
+            va="top",
+            fontsize=8,
         )
 
 
