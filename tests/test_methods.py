@@ -128,7 +128,7 @@ def test_accumulated_statistics_are_those_of_the_widths_that_were_drawn():
     assert len(norm.channels_of_sets) == len(recipe.points()) == 5
     assert recipe.tracked() == (Width(0.5), Width(1.0)), "validation follows the bounds all the same"
     drawn = set()
-    for step in range(6):
+    for step in range(4):
         largest, smallest, between = recipe.widths(net, Draw(0, 0, step, 0))
         assert Width(between) in recipe.points()
         drawn |= {largest, smallest, between}

@@ -124,7 +124,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_comes_down_to_what_was_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = sorted(run.glob("calibration/*/*"))
-    cli.main(["slim", str(run), "--macs", "0.6", "--step", "0.25"])
+    cli.main(["slim", str(run), "--macs", "0.62", "--step", "0.5"])
     said = capsys.readouterr().out.splitlines()
     found = json.loads((run / "slimming.json").read_text())
     macs = [line["macs"] for line in found["lines"]]

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pliant import cli, record
 from pliant.errors import UserError
+from pliant.experiment import Data
 from pliant.report import spectrum as report
 from tests.runs import logged, only_run, tiny_cifar
 from tests.tiny_run import MICRO, TEST_IMAGES, refusal, train_tiny, write_recipe
@@ -140,6 +141,7 @@ def test_tensorboard_has_the_spectrum(run):
         (["--split", "held_out"], "No training images are held out: write for instance --data.held-out 1000."),
         (["--checkpoint", "best"], "no checkpoint with a score on a held-out split"),
         (["--root", "/nowhere"], "CIFAR-10 is not in /nowhere"),
+        (["--size", "64"], "The images of cifar10 are fed as they are, 32 x 32 pixels: leave --size out."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -202,6 +204,27 @@ def test_best_on_the_held_out_images_is_kept_and_measured(tmp_path):
     cli.main(["spectrum", str(run), "--checkpoint", "best", "--split", "held_out", "--at", "0.5", "1"])
     found = report.read(run)
     assert (found["step"], found["split"]) == (best, "held_out")
+
+
+def test_trained_network_is_asked_at_another_size_of_images(image_folder, tmp_path, capsys):
+    """Calibrated on images of that size too."""
+    settings = dict(source="folder", root=image_folder, size=32, resize=40, loader="torchvision", classes=10)
+    given = [text for name, value in settings.items() for text in (f"--data.{name}", str(value))]
+    short = ("--batch.images", "16", "--batch.micro", "8", "--calibration.images", "16", "--calibration.batch", "8")
+    cli.main(["train", str(write_recipe(tmp_path)), *given, *short])
+    run = only_run(tmp_path / "runs")
+    found = {}
+    for asked, size in ((), 32), (("--size", "64"), 64):
+        cli.main(["spectrum", str(run), "--at", "0.5", *asked])
+        found[size] = report.read(run)
+        assert found[size]["size"] == size
+    classifier = 10 * 320
+    convolutions = [found[size]["lines"][0]["macs"] - classifier for size in (32, 64)]
+    assert convolutions[1] == 4 * convolutions[0]
+    assert found[32]["lines"][0]["loss"] != found[64]["lines"][0]["loss"]
+    assert len(list(run.glob("calibration/*/0.5x*"))) == 2
+    assert Data(size=32, resize=40).at_size(64) == Data(size=64, resize=80)
+    assert "Images of 0 pixels cannot be" in refusal(capsys, "spectrum", run, "--size", "0")
 
 
 S_NET = """

@@ -26,6 +26,8 @@ class _OfRun:
     """newest, best (by the held-out split), or the step of one that was kept."""
     root: Path | None = None
     """Where the dataset lies now, if it has moved."""
+    size: int | None = None
+    """Height and width of the images, in pixels (image folders and shards); default: as trained."""
     images: int | None = None
     """Training images to calibrate batch norm on, 0 for all; default: as the run's experiment says."""
     average: Literal["pooled", "cumulative", "moving"] | None = None

@@ -127,7 +127,7 @@ def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
     from pliant.report import blocks
     from pliant.report import spectrum as report
 
-    with opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
+    with opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
         if ask.execution is not None:
             trained = trained.executed(ask.execution)
         points = trained.checked(parse_points(ask.at))
@@ -167,7 +167,7 @@ def _calibrate(ask: Ask) -> None:
     from pliant.engine.ranks import joined
     from pliant.engine.trained import opened
 
-    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
+    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
         points = trained.checked(parse_points(ask.at))
         trained.at(points, ask.calibration(trained.experiment.calibration))
         if trained.ranks.first:
@@ -183,7 +183,7 @@ def _slim(ask: AskSlim) -> None:
     from pliant.engine.trained import opened, write_measured
     from pliant.report.spectrum import millions
 
-    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
+    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
         trained.feed.dataset.split(ask.split)
         calibration = ask.calibration(trained.experiment.calibration)
         lines = []
@@ -205,7 +205,7 @@ def _export(ask: AskExport) -> None:
     points = parse_points(ask.at)
     if len(points) != 1:
         raise UserError(f"An export is of one point, and {len(points)} were given: write for instance --at 0.5.")
-    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root) as trained:
+    with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
         (point,) = trained.checked(points)
         net = trained.at([point], ask.calibration(trained.experiment.calibration))[point]
         folder = ask.to or ask.run / "export" / point.file_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,19 @@ class Data(Augmentation):
     def side(self) -> int:
         """Height and width of the images that a network is fed, in pixels."""
         return self.size if self.of_files else 32
+
+    def at_size(self, size: int) -> Data:
+        """The same images at another size; in validation as much of each is cut off as before.
+
+        Raises:
+            UserError: they have one size.
+        """
+        if not self.of_files:
+            raise UserError(f"The images of {self.source} are fed as they are, 32 x 32 pixels: leave --size out.")
+        if size < 1:
+            raise UserError(f"Images of {size} pixels cannot be: write --size 1 or more.")
+        resize = None if self.resize is None else round(self.resize * size / self.size)
+        return dataclasses.replace(self, size=size, resize=resize)
 
     def refuse_idle(self) -> None:
         """Refuses what would have nothing to say. Asked of new runs alone: older ones may hold such settings.

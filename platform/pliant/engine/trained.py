@@ -133,7 +133,8 @@ class Trained:
     def _path(self, point: Point, calibration: Calibration) -> Path:
         augment = "-augmented" if calibration.augment else ""
         images = self.feed.dataset.train.fingerprint.contents  # the dataset may be another than before
-        name = f"{point.file_name}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}-{images:08x}"
+        name = f"{point.file_name}-{calibration.average}-{calibration.images}x{calibration.batch}{augment}"
+        name += f"-{self.experiment.data.side}px-{images:08x}"
         return self.folder.path / "calibration" / f"step-{self.step:08d}" / f"{name}.safetensors"
 
     def _kept(self, point: Point, calibration: Calibration) -> dict[str, LayerStatistics] | None:
@@ -168,20 +169,26 @@ class Trained:
             )
 
 
-def open_run(path: Path, ranks: Ranks, *, which: str = "newest", root: Path | None = None) -> Trained:
+def open_run(
+    path: Path, ranks: Ranks, *, which: str = "newest", root: Path | None = None, size: int | None = None
+) -> Trained:
     """Collective. A run's network, from one of its checkpoints.
 
     Args:
         path: the run's folder.
         which: newest, best or a step, as `checkpoint.require` reads it.
         root: where the dataset lies now; default: where it lay.
+        size: of the images, in pixels; default: as trained.
 
     Raises:
-        UserError: the folder is no run, holds no whole checkpoint, or its checkpoint is of another network.
+        UserError: the folder is no run, holds no whole checkpoint, or its checkpoint is of another network; or its
+            images have one size.
     """
     experiment = record.load(path)
     if root is not None:
         experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=root))
+    if size is not None:
+        experiment = dataclasses.replace(experiment, data=experiment.data.at_size(size))
     found = checkpoint.require(RunFolder(path).checkpoints, which)
     feed = make_feed(experiment, ranks)
     if ranks.first:
@@ -244,6 +251,7 @@ def write_measured(
         "step": trained.step,
         "dataset": str(data.root),
         "generated": trained.feed.dataset.generated,
+        "size": data.side,
         "classes": list(trained.feed.dataset.classes) if classes else [],
         "split": split,
         "fingerprint": dataclasses.asdict(trained.feed.dataset.split(cast(SplitName, split)).fingerprint),
