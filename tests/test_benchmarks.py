@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 from pliant.networks.resnet import ResNet
-from tests.runs import REPOSITORY, environment, finish, tiny_cifar
+from tests.runs import REPOSITORY, command, environment, finish, only_run, tiny_cifar
+from tests.tiny_run import train_tiny
 
 SHORTLY = {
     "augmentation": ("--rounds", "1", "--batch", "8", "--steps", "2"),
@@ -45,6 +47,51 @@ def test_study_of_depth_trains_and_measures_a_row(row: str, tmp_path: Path) -> N
     found = json.loads((tmp_path / "found.json").read_text())[row]
     assert found["points"][0]["time"] > 0
     assert [line["point"] for line in found["before"]] == [line["point"] for line in found["points"]]
+
+
+def studied(name: str, *given: str) -> Any:
+    """What a study's last line says."""
+    done = finish([sys.executable, str(REPOSITORY / "benchmarks" / "studies" / f"{name}.py"), *given])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_private_statistics_of_every_width_are_more_than_all_weights() -> None:
+    """Section 3.2: O(n²). MobileNetV1's at every number of channels, counted by hand: no width changes the stem's."""
+    found = {(one["network"], one["divisor"]): one for one in studied("private_statistics")}
+    layers = (64, 64, 128, 128, 128, 128, 256, 256, 256, 256, *(512,) * 12, 1024, 1024, 1024)
+    shared = (32, 32)  # the stem and the first depthwise convolution
+    own = 2 * (sum(shared) + sum(k for n in layers for k in range(n // 4, n + 1)))
+    assert found["v1", 1]["private"] == own > found["v1", 1]["weights"]
+    assert found["v1", 1]["us_net"] == 2 * (sum(shared) + sum(n + n // 4 for n in layers))
+    assert found["v2", 1]["private"] > found["v2", 1]["weights"]
+
+
+@pytest.mark.soak
+def test_residual_errors_of_a_run_fall_with_the_share_of_inputs(tmp_path: Path) -> None:
+    found = studied("residual_error", str(train_tiny(tmp_path)), "--images", "16")
+    (run,) = found["runs"]
+    assert run["layers"] == 35, "17 projections, 16 expansions, the head and the classifier"
+    assert run["errors"] == sorted(run["errors"], reverse=True)
+    assert 0 < run["falls"] < 1
+
+
+@pytest.mark.soak
+def test_higher_thresholds_of_gates_close_blocks(tmp_path: Path) -> None:
+    data = tiny_cifar(tmp_path / "data")
+    short = ("--optimization.steps", "2", "--batch.images", "16", "--batch.micro", "16", "--recipe.network.depth", "20")
+    asked = ("--data.root", str(data), "--data.held-out", "0", "--runs", str(tmp_path / "runs"), *short)
+    assert (
+        finish(
+            command(*asked, "--recipe.open-rate", "0.9", "--recipe.learning", "sp", recipe="skipnet_cifar10")
+        ).returncode
+        == 0
+    )
+    (run,) = studied("gate_thresholds", str(only_run(tmp_path / "runs")))
+    blocks = [one["blocks"] for one in run["points"]]
+    assert blocks == sorted(blocks, reverse=True)
+    assert blocks[0] > 8
+    assert blocks[-1] < 2
 
 
 @pytest.mark.soak
