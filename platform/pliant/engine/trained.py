@@ -218,6 +218,7 @@ def opened(path: Path, ranks: Ranks, **options: Any) -> Iterator[Trained]:
 
 
 _SHOWN = 16  # images of each end that a picture shows
+_SPACED = 240  # images of which a picture may show those that share a policy
 _PIXELS = 96  # the shorter side that they are kept with
 
 
@@ -273,7 +274,7 @@ def _statistics_in(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) -> None:
-    """What each point found of each image, and the images that cost least and most."""
+    """What each point found of each image; the images that cost least and most; and some of all, evenly spaced."""
     path = trained.folder.path / "spectrum.npz"
     path.unlink(missing_ok=True)
     if not rows:
@@ -287,5 +288,9 @@ def _write_rows(trained: Trained, rows: Mapping[Point, Rows], split: SplitName) 
                 positions = found["position"][chosen].numpy()
                 pictures, shown = thumbnails(trained.feed.dataset.split(split), positions, _PIXELS)
                 kept[f"{point}/{end}"], kept[f"{point}/{end}_rows"] = pictures, chosen.numpy()[shown]
+    images = trained.feed.dataset.split(split)
+    spaced = np.unique(np.linspace(0, len(images) - 1, _SPACED).astype(np.int64))
+    kept["spaced"], seen = thumbnails(images, spaced, _PIXELS)
+    kept["spaced_positions"] = spaced[seen]
     with written_aside(path, contended=True) as beside:
         np.savez_compressed(beside, **kept)  # type: ignore[arg-type] # its stub takes them for flags

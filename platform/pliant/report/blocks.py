@@ -13,7 +13,9 @@ from pliant.aside import written_aside
 from pliant.report.spectrum import read, title
 
 Rows = Mapping[str, NDArray[Any]]
-_NAMES = ("blocks.png", "classes.png", "images.png")
+_NAMES = ("blocks.png", "classes.png", "policies.png", "images.png")
+_POLICIES = 8  # that a picture has room for
+_EXAMPLES = 8  # of each
 
 
 def draw(run: Path) -> list[Path]:
@@ -21,6 +23,8 @@ def draw(run: Path) -> list[Path]:
 
     blocks.png: the share of images that open each block, at each point (URNet Fig. 4, SkipNet Fig. 10a).
     classes.png: blocks left out per class, over the class's accuracy (SkipNet Fig. 9).
+    policies.png: the sets of blocks that most images share, and some of these images (BlockDrop Fig. 4), at the point
+    that has most of them.
     images.png: the images that cost least and most (SkipNet Fig. 7, BlockDrop Fig. 5), at the middle one of the points
     at which images differ in cost; there is none where they never do.
     """
@@ -37,9 +41,11 @@ def draw(run: Path) -> list[Path]:
         return []
     rows = {point: {n.split("/", 1)[1]: v for n, v in found.items() if n.startswith(f"{point}/")} for point in points}
     middle = points[len(points) // 2]
+    various = max(points, key=lambda point: len(np.unique(rows[point]["open"].round(), axis=0)))
     pictures: list[tuple[str, Callable[[Any], None]]] = [
         ("blocks.png", lambda figure: _usage(figure, spectrum, rows)),
         ("classes.png", lambda figure: _classes(figure, spectrum, middle, rows[middle])),
+        ("policies.png", lambda figure: _policies(figure, spectrum, various, rows[various], found)),
     ]
     differing = [point for point in points if "easiest" in rows[point] and np.ptp(rows[point]["macs"]) > 0]
     if differing:
@@ -97,6 +103,31 @@ def _classes(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows) -
         axes.set_xlabel("accuracy of a class (%)")
     axes.set_ylabel("blocks left out")
     axes.set_title(f"{title(dict(spectrum))}, at {point}", fontsize=7, wrap=True)
+
+
+def _policies(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows, found: Rows) -> None:
+    """A row for each: its blocks, the share of images, their accuracy, and some of them."""
+    policies, which, images = np.unique(rows["open"].round(), axis=0, return_inverse=True, return_counts=True)
+    commonest = np.argsort(-images, kind="stable")[:_POLICIES]
+    # Of the images whose pixels were kept, the row of what was found of each.
+    order = np.argsort(rows["position"])
+    kept = order[np.searchsorted(rows["position"][order], found["spaced_positions"])]
+    figure.set_size_inches(9, 0.85 * len(commonest) + 0.9)
+    grid = figure.subplots(len(commonest), _EXAMPLES + 1, squeeze=False, width_ratios=[3.5, *[1] * _EXAMPLES])
+    for row, number in zip(grid, commonest, strict=True):
+        having = which.reshape(-1) == number
+        row[0].imshow(policies[number][None], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        share, right = having.mean(), rows["right"][having].mean()
+        title_of_row = f"{policies[number].sum():.0f} blocks: {share:.1%} of the images, {right:.1%} right"
+        row[0].set_title(title_of_row, fontsize=7)
+        row[0].set_xticks([])
+        row[0].set_yticks([])
+        for axes, place in zip(row[1:], np.flatnonzero(having[kept])[:_EXAMPLES], strict=False):
+            axes.imshow(found["spaced"][place], interpolation="nearest")
+        for axes in row[1:]:
+            axes.set_axis_off()
+    rest = "" if len(policies) <= _POLICIES else f", the commonest of {len(policies)}"
+    figure.suptitle(f"{title(dict(spectrum))}, at {point}: blocks that run{rest}", fontsize=7)
 
 
 def _images(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows) -> None:
