@@ -106,7 +106,7 @@ def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.Captur
     for name in ("spectrum.png", "blocks.png", "classes.png", "policies.png", *["images.png"] * differ):
         assert f"{run / name}" in said
         with Image.open(run / name) as picture:
-            assert min(picture.size) > 300
+            assert min(picture.size) > 250
             assert np.ptp(np.asarray(picture.convert("RGB")), axis=2).max() > 50, "colours, besides what is written"
     masked = json.loads((run / "spectrum.json").read_text())
     cli.main(["spectrum", str(run), "--execution", "grouped"])
