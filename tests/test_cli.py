@@ -10,7 +10,7 @@ from pliant import cli
 from tests.runs import tiny_cifar
 from tests.tiny_run import refusal, train_tiny, write_recipe
 
-COMMANDS = ("train", "spectrum", "compare", "calibrate", "export", "checkpoint", "data")
+COMMANDS = ("train", "spectrum", "compare", "calibrate", "slim", "export", "checkpoint", "data")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])

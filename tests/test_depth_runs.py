@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pliant import cli
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -185,7 +185,14 @@ def test_exported_weights_with_another_shortcut_are_refused(data: Path, tmp_path
     pool = ["--recipe.network.shortcut", "pool", "--optimization.steps", "0", "--optimization.warmup-epochs", "0"]
     assert finish(given(data, tmp_path / "plain", "resnet", *pool)).returncode == 0
     plain = only_run(tmp_path / "plain")
-    cli.main(["export", str(plain), "--at", "native", "--formats", "safetensors"])
+    cli.main(["export", str(plain), "--at", "native"])
+    folder = plain / "export" / "native"
+    net = ResNet(depth=14, shortcut="pool").build(10).eval()
+    net.load_state_dict(load_file(folder / "model.safetensors"))
+    program = torch.export.load(folder / "model.pt2")
+    assert not any("batch" in str(node.target) for node in program.graph.nodes), "its convolutions took them in"
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(program.module()(images), net(images), atol=1e-4, rtol=1e-4)
     weights = ["--recipe.pretrained", str(plain / "export" / "native" / "model.safetensors")]
     done = finish(given(data, tmp_path / "begun", "blockdrop", *weights, "--optimization.steps", "0"))
     assert done.returncode == 0, done.stderr

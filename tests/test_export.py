@@ -197,16 +197,23 @@ def test_convolutions_take_in_the_batch_norm_behind_them(version):
 
 
 def test_a_norm_that_no_convolution_comes_before_stays():
-    """Nor is one taken in where a sequence of another kind may run its layers in another order."""
+    """Nor is one that does more, or has no statistics, or stands in a sequence that may run in another order."""
 
     class Backwards(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return self[0](self[1](x))
 
-    layers = (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
-    net = shaken(nn.Sequential(nn.BatchNorm2d(3), Backwards(*layers), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
-    folded = absorbed(net)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 2
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    def pair(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return nn.Conv2d(3, 3, 1), norm
+
+    net = nn.Sequential(nn.BatchNorm2d(3), Backwards(*pair(nn.BatchNorm2d(3))), *pair(Activated(3)))
+    net.extend([*pair(nn.BatchNorm2d(3, track_running_stats=False)), *pair(nn.BatchNorm2d(3))])
+    folded = absorbed(shaken(net).double())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 4, "the last one alone is gone"
     torch.testing.assert_close(answers(folded, 5), answers(net, 5), atol=1e-9, rtol=1e-9)
 
 

@@ -132,7 +132,8 @@ def test_accumulated_statistics_are_those_of_the_widths_that_were_drawn():
         largest, smallest, between = recipe.widths(net, Draw(0, 0, step, 0))
         assert Width(between) in recipe.points()
         drawn |= {largest, smallest, between}
-        train(recipe, net, Draw(0, 0, step, 0), at())
+        names = train(recipe, net, Draw(0, 0, step, 0), at())
+        assert list(names) == ["1x", "0.5x", "random"], "also where the one between is one of the bounds"
     for point in recipe.points():
         moved = getattr(norm, f"mean_{net.index(point.ratio)}").abs().sum() > 0
         assert moved == (point.ratio in drawn)

@@ -217,7 +217,7 @@ def test_trained_network_is_asked_at_another_size_of_images(image_folder, tmp_pa
     for asked, size in ((), 32), (("--size", "64"), 64):
         cli.main(["spectrum", str(run), "--at", "0.5", *asked])
         found[size] = report.read(run)
-        assert found[size]["size"] == size
+        assert report.title(found[size]).endswith(" of 64 px") == (size == 64), "no other size than it was trained at"
     classifier = 10 * 320
     convolutions = [found[size]["lines"][0]["macs"] - classifier for size in (32, 64)]
     assert convolutions[1] == 4 * convolutions[0]
@@ -260,5 +260,9 @@ def test_switches_of_an_s_net_are_asked_with_the_statistics_they_trained_with(tm
                 (followed[line["point"]]["top1"], followed[line["point"]]["loss"])
             )
     assert [path.name.split("-")[0] for path in run.glob("calibration/*/*")] == ["0.75x"]
+    said = refusal(capsys, "spectrum", run, "--at", "0.5", "--images", "48")
+    assert said.startswith("Nothing is calibrated here") and said.endswith("leave --images out.")
+    cli.main(["spectrum", str(run), "--at", "0.5"])
+    assert report.read(run)["calibration"] is None
     cli.main(["export", str(run), "--at", "0.5", "--formats", "safetensors"])
     assert len(list(run.glob("calibration/*/*"))) == 1, "nor does exporting calibrate them"

@@ -110,9 +110,8 @@ def urnet_by_sgd(epochs: tuple[float, float] = (5, 30)) -> Row:
     gates = ("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta", "12", "--recipe.smallest", "0.4", share)
     rates = ("--optimization.lr", "0.2", "--recipe.joint-rate", "0.2")
     options = depth(epochs, *sgd, *rates, *gates)
-    return Row(
-        *("urnet_cifar10", options, epochs, SCALES, ("S0.6", "S0.8")), frozen_with=(*sgd, "--optimization.lr=0.04")
-    )
+    again = (*sgd, "--optimization.lr=0.04")
+    return Row("urnet_cifar10", options, epochs, SCALES, frozen=("S0.6", "S0.8"), frozen_with=again)
 
 
 def fixed(rule: str, keep: int, epochs: float, *options: str) -> Row:

@@ -60,9 +60,10 @@ def measure(run: Path, checkpoint: str, settings: Settings) -> dict[str, Any]:
         held = [(batch.images, batch.labels) for batch in batches]
     walks: list[Walk] = [net(images, threshold, recipe.executed()) for images, _ in held]
     logits = torch.cat([walk.gate_logits for walk in walks]).flatten().sort().values
+    logits = logits[logits > 0]
     places = torch.linspace(0, len(logits) - 1, settings.steps + 1).long()[1:]
     found = []
-    for least in (0.0, *sorted({max(0.0, one) for one in logits[places].tolist()} - {0.0})):
+    for least in (0.0, *logits[places].tolist()):
         right = blocks = 0.0
         for images, labels in held:
             walk = net(images, above(least), recipe.executed())
@@ -82,6 +83,8 @@ def measure(run: Path, checkpoint: str, settings: Settings) -> dict[str, Any]:
 
 def main(settings: Settings) -> None:
     checkpoints = settings.checkpoints or ("newest",) * len(settings.runs)
+    if len(checkpoints) != len(settings.runs):
+        raise UserError(f"{len(settings.runs)} runs have {len(checkpoints)} checkpoints: write one for each.")
     results = [measure(run, one, settings) for run, one in zip(settings.runs, checkpoints, strict=True)]
     for run, result in zip(settings.runs, results, strict=True):
         table = Table("threshold", "blocks", "top-1 %", title=f"{run}, {result['learning']}, step {result['step']}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pliant.engine.ranks import Ranks
 from pliant.engine.trained import open_run
+from pliant.errors import UserError
 from pliant.networks.slimmable import SlimmableConv2d, SlimmableLinear
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -83,6 +84,8 @@ def measure(run: Path, settings: Settings) -> dict[str, Any]:
         for layer in summing(net):
             hooks.enter_context(layer.register_forward_pre_hook(lambda layer, given: inputs.update({layer: given[0]})))
         trained.recipe.predict(net, next(batches).images, widest)
+    if not inputs:
+        raise UserError(f"{run} has no layers that run on their first inputs: write the folder of a run of width.")
     found = [sums(layer, x, settings.shares) for layer, x in inputs.items()]
     return {
         "run": trained.experiment.name,

@@ -15,6 +15,7 @@ from pliant.errors import UserError
 from pliant.experiment import Calibration
 from pliant.recipe import Point, Width, parse_point
 
+_CALIBRATION = ("images", "average", "augment")
 Run = Annotated[Path, tyro.conf.Positional]
 
 
@@ -35,10 +36,25 @@ class _OfRun:
     augment: bool | None = None
     """Whether they are augmented as in training; default: as the run's experiment says."""
 
-    def calibration(self, default: Calibration) -> Calibration:
-        """The run's calibration with what was asked for in its place."""
-        asked = {name: value for name in ("images", "average", "augment") if (value := getattr(self, name)) is not None}
+    def calibration(self, default: Calibration, *, needed: bool) -> Calibration:
+        """The run's calibration with what was asked for in its place.
+
+        Raises:
+            UserError: something was asked for, and no point is calibrated.
+        """
+        asked = {name: value for name in _CALIBRATION if (value := getattr(self, name)) is not None}
+        if asked and not needed:
+            raise UserError(
+                "Nothing is calibrated here, as the network has running statistics of its own: leave "
+                f"--{next(iter(asked))} out."
+            )
         return dataclasses.replace(default, **asked)
+
+    def options(self) -> tuple[str, ...]:
+        """Those that say which network and which images, as they were given."""
+        named = ("checkpoint", "root", "size", *_CALIBRATION)
+        given = {name: getattr(self, name) for name in named if getattr(self, name) not in (None, "newest")}
+        return tuple(text for name, value in given.items() for text in (f"--{name}", str(value)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +84,17 @@ class AskSlim(_OfRun):
     macs: float
     """Multiply-accumulates of an image to come down to, in millions."""
     step: float = 0.1
-    """Share of a group's channels that is taken at a time, in (0, 1]."""
+    """Share of a group's channels that is taken at a time, from 0.01 to 1."""
     split: Literal["held_out", "val"] = "held_out"
     """Images whose loss decides. Of the validation images, accuracy says less once they have been chosen by."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.macs < math.inf:
-            raise UserError(f"No network takes {self.macs:g} million multiply-accumulates: write a --macs above 0.")
-        if not 0.0 < self.step <= 1.0:
-            raise UserError(f"A share of channels lies in (0, 1], not {self.step:g}: write for instance --step 0.1.")
+            raise UserError(
+                f"No network takes {self.macs:g} million multiply-accumulates: write for instance --macs 150."
+            )
+        if not 0.01 <= self.step <= 1.0:
+            raise UserError(f"A step takes from 0.01 to all of the channels, not {self.step:g}: write --step 0.1.")
 
 
 @dataclass(frozen=True, kw_only=True)

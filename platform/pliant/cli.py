@@ -1,4 +1,4 @@
-"""The command line: `pliant train|spectrum|compare|calibrate|export|checkpoint|data`, and the end of every recipe file.
+"""The command line: `pliant train|spectrum|compare|calibrate|slim|export|checkpoint|data`, and the end of recipe files.
 
 A user's mistake is one sentence on stderr and exit status 2.
 """
@@ -11,6 +11,7 @@ import os
 # times; if they slept at once, an idle machine would take half as long again.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,12 +136,13 @@ def spectrum(ask: AskSpectrum, ranks: Ranks) -> None:
         if split == "auto":
             split = "held_out" if trained.feed.dataset.val is None else "val"
         trained.feed.dataset.split(split)  # refuses one that is not there, before anything is calibrated
-        calibration = ask.calibration(trained.experiment.calibration)
+        calibrated = [point for point in points if trained.recipe.calibrates(point)]
+        calibration = ask.calibration(trained.experiment.calibration, needed=bool(calibrated))
         rows: dict[Any, Any] = {}
         lines = trained.measure(trained.at(points, calibration), split, rows)
         if not trained.ranks.first:
             return
-        write_spectrum(trained, lines, calibration, split, rows)
+        write_spectrum(trained, lines, calibration if calibrated else None, split, rows)
     measured = report.read(ask.run)
     picture = report.draw(measured, ask.run / "spectrum.png")
     report.scalars(measured, ask.run)
@@ -169,9 +171,9 @@ def _calibrate(ask: Ask) -> None:
 
     with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
         points = trained.checked(parse_points(ask.at))
-        trained.at(points, ask.calibration(trained.experiment.calibration))
+        calibrated = [str(point) for point in points if trained.recipe.calibrates(point)]
+        trained.at(points, ask.calibration(trained.experiment.calibration, needed=bool(calibrated)))
         if trained.ranks.first:
-            calibrated = [str(point) for point in points if trained.recipe.calibrates(point)]
             done = f"Calibrated {', '.join(calibrated)}, in {trained.folder.path / 'calibration'}"
             print(done if calibrated else "Nothing to calibrate: the network's own running statistics serve.")
 
@@ -184,8 +186,13 @@ def _slim(ask: AskSlim) -> None:
     from pliant.report.spectrum import millions
 
     with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
+        if ask.split == "held_out" and trained.feed.dataset.held_out is None:
+            raise UserError(
+                "This run holds no images out to choose by: train with --data.held-out 1000, or write --split val, and "
+                "accuracy on the validation images then says less."
+            )
         trained.feed.dataset.split(ask.split)
-        calibration = ask.calibration(trained.experiment.calibration)
+        calibration = ask.calibration(trained.experiment.calibration, needed=True)
         lines = []
         for line in slim(trained, calibration, ask.split, macs=ask.macs * 1e6, step=ask.step):
             lines.append(line)
@@ -193,7 +200,8 @@ def _slim(ask: AskSlim) -> None:
                 print(f"{millions(line.macs)} M multiply-accumulates, top-1 {line.top1:.2%}, loss {line.loss:.4f}")
                 path = write_measured(trained, "slimming.json", lines, calibration, ask.split)
         if ranks.first:
-            print(f"On the way: {path}\nIts spectrum: {program('pliant')} spectrum {ask.run} --at {line.point}")
+            again = shlex.join(("spectrum", str(ask.run), "--at", line.point, *ask.options()))
+            print(f"On the way: {path}\nIts spectrum: {program('pliant')} {again}")
 
 
 def _export(ask: AskExport) -> None:
@@ -207,8 +215,9 @@ def _export(ask: AskExport) -> None:
         raise UserError(f"An export is of one point, and {len(points)} were given: write for instance --at 0.5.")
     with joined() as ranks, opened(ask.run, ranks, which=ask.checkpoint, root=ask.root, size=ask.size) as trained:
         (point,) = trained.checked(points)
-        net = trained.at([point], ask.calibration(trained.experiment.calibration))[point]
-        folder = ask.to or ask.run / "export" / point.file_name
+        calibration = ask.calibration(trained.experiment.calibration, needed=trained.recipe.calibrates(point))
+        net = trained.at([point], calibration)[point]
+        folder = ask.to or ask.run / "export" / (point.file_name + ("" if ask.size is None else f"-{ask.size}px"))
         for path in export(trained, net, point, folder, ask.formats):
             print(path)
 

@@ -124,7 +124,7 @@ class Data(Augmentation):
             raise UserError(f"The images of {self.source} are fed as they are, 32 x 32 pixels: leave --size out.")
         if size < 1:
             raise UserError(f"Images of {size} pixels cannot be: write --size 1 or more.")
-        resize = None if self.resize is None else round(self.resize * size / self.size)
+        resize = None if self.resize is None else max(1, round(self.resize * size / self.size))
         return dataclasses.replace(self, size=size, resize=resize)
 
     def refuse_idle(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
@@ -21,7 +22,8 @@ def slim(
     multiply-accumulates are `macs` or fewer.
 
     In each round every point a step below is calibrated and measured, and that one is gone on from which adds least to
-    the loss for each multiply-accumulate that it saves.
+    the loss for each multiply-accumulate that it saves; where some add nothing, the one that takes most from it and
+    saves most.
 
     Args:
         split: the images whose loss decides.
@@ -37,8 +39,8 @@ def slim(
     line, least = trained.measure(trained.calibrated((here, bottom), calibration), split)
     if _cost(least) > macs:
         raise UserError(
-            f"The narrowest network takes {_cost(least) / 1e6:.2f} million multiply-accumulates, and {macs / 1e6:g} "
-            "were asked for: write more as --macs."
+            f"The narrowest network takes {math.ceil(_cost(least) / 1e4) / 100:.2f} million multiply-accumulates, and "
+            f"{macs / 1e6:g} were asked for: write as much as --macs, or more."
         )
     yield line
     while _cost(line) > macs:
@@ -54,8 +56,8 @@ def _bottom(recipe: Recipe, net: nn.Module, point: Point) -> Point:
     below = recipe.narrower(net, point, 1.0)
     if not below:
         raise UserError(
-            f"{type(recipe).__name__} has no widths to choose group by group: pliant slim is for US-Nets whose "
-            "--recipe.low lies below --recipe.high."
+            f"{type(recipe).__name__} has no points that lie below its largest one in one place alone: there is "
+            "nothing to slim in this run, as in a US-Net of several widths there would be."
         )
     while below:
         point = below[0]
@@ -64,8 +66,9 @@ def _bottom(recipe: Recipe, net: nn.Module, point: Point) -> Point:
 
 
 def _price(before: Measurement, after: Measurement) -> float:
-    """Loss for each multiply-accumulate saved."""
-    return (after.loss - before.loss) / (_cost(before) - _cost(after))
+    """Loss for each multiply-accumulate saved, or, where the loss falls, by how much, times what is saved."""
+    added, saved = after.loss - before.loss, _cost(before) - _cost(after)
+    return added / saved if added > 0 else added * saved
 
 
 def _cost(line: Measurement) -> float:

@@ -56,6 +56,8 @@ class Trained:
     """In evaluation mode: the averaged weights, if the run keeps an EMA."""
     feed: Feed
     ranks: Ranks
+    size: int | None = None
+    """Of the images, in pixels, where one was asked for."""
     interruption: Interruption = field(default_factory=Interruption)
 
     @property
@@ -200,7 +202,7 @@ def open_run(
     checkpoint.load_weights(net, state["ema" if averaged else "net"], found.path)
     rows = state["ema_rows" if averaged else "rows"]
     unflatten_(running_buffers(net), mean_over_ranks(rows, experiment.batching(state["stage"]).micro_batches))
-    return Trained(experiment, RunFolder(path), found.step, net.eval(), feed, ranks)
+    return Trained(experiment, RunFolder(path), found.step, net.eval(), feed, ranks, size)
 
 
 @contextmanager
@@ -225,7 +227,7 @@ _PIXELS = 96  # the shorter side that they are kept with
 def write_spectrum(
     trained: Trained,
     lines: Sequence[Measurement],
-    calibration: Calibration,
+    calibration: Calibration | None,
     split: str,
     rows: Mapping[Point, Rows],
 ) -> Path:
@@ -238,13 +240,17 @@ def write_measured(
     trained: Trained,
     name: str,
     lines: Sequence[Measurement],
-    calibration: Calibration,
+    calibration: Calibration | None,
     split: str,
     *,
     classes: bool = False,
 ) -> Path:
-    """Writes measurements into a file of the run's folder, whole or not at all, with what they are of; and the names of
-    the classes."""
+    """Writes measurements into a file of the run's folder, whole or not at all, with what they are of.
+
+    Args:
+        calibration: None where no point is calibrated.
+        classes: with the names of the classes.
+    """
     data: Data = trained.experiment.data
     plain = {
         "name": trained.experiment.name,
@@ -252,11 +258,11 @@ def write_measured(
         "step": trained.step,
         "dataset": str(data.root),
         "generated": trained.feed.dataset.generated,
-        "size": data.side,
+        "size": trained.size,
         "classes": list(trained.feed.dataset.classes) if classes else [],
         "split": split,
         "fingerprint": dataclasses.asdict(trained.feed.dataset.split(cast(SplitName, split)).fingerprint),
-        "calibration": dataclasses.asdict(calibration),
+        "calibration": None if calibration is None else dataclasses.asdict(calibration),
         "lines": [dataclasses.asdict(line) for line in lines],
     }
     path = trained.folder.path / name

@@ -5,6 +5,7 @@ Gradients of the passes are summed, not averaged, as in the authors' code, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -17,7 +18,7 @@ from pliant.methods.distillation import mixed_cross_entropy, soft_labels
 from pliant.methods.widths import WidthRecipe, admitted, grid, width_of
 from pliant.networks.mobilenet import SlimmableNet, WidthLike
 from pliant.randomness import Draw
-from pliant.recipe import Batch, Pass, Point, Progress, Recipe, Width, Widths
+from pliant.recipe import Batch, Pass, Point, Progress, Width, Widths
 
 Rule = Literal["sandwich", "min", "max", "random"]
 
@@ -94,28 +95,28 @@ class USNet(WidthRecipe):
         widths = self.widths(cast(SlimmableNet, net), draw)
         answers = cast(SlimmableNet, net).at_each(batch.images, widths)
         soft: Tensor | None = None
-        for width, logits in zip(widths, answers, strict=True):
+        for number, (width, logits) in enumerate(zip(widths, answers, strict=True)):
             if soft is None:
                 loss = cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
                 soft = soft_labels(logits) if self.distill else None
             else:
                 hard = self.hard * (1.0 - progress.stage_share) if self.hard_decay else self.hard
                 loss = mixed_cross_entropy(logits, batch.targets, soft, hard=hard, smoothing=self.label_smoothing)
-            yield Pass(str(Width(width)) if width in (self.low, self.high) else "random", loss)
+            yield Pass(str(Width(cast(float, width))) if number < len(self._bounds()) else "random", loss)
 
     def widths(self, net: SlimmableNet, draw: Draw) -> list[WidthLike]:
         """The widths of one iteration, largest first where the rule has it."""
-        fixed: list[WidthLike] = []
-        if self.rule in ("sandwich", "max"):
-            fixed.append(self.high)
-        if self.rule in ("sandwich", "min"):
-            fixed.append(self.low)
+        fixed = self._bounds()
         rest = self.n - len(fixed)
         if not self.nonuniform:
             drawn = draw.uniform(self.low, self.high, rest)
             return [*fixed, *(drawn if self.statistics == "measured" else map(self._on_grid, drawn))]
         ratios = draw.own("nonuniform").uniform(self.low, self.high, (rest, len(net.groups)))
         return [*fixed, *(tuple(row) for row in ratios.tolist())]
+
+    def _bounds(self) -> tuple[float, ...]:
+        """The widths that every iteration runs."""
+        return {"sandwich": (self.high, self.low), "min": (self.low,), "max": (self.high,), "random": ()}[self.rule]
 
     def _on_grid(self, width: float) -> float:
         return min(grid(self.low, self.high, self.grid), key=lambda one: abs(one - width))
@@ -124,26 +125,27 @@ class USNet(WidthRecipe):
         return tuple(Width(width) for width in grid(self.low, self.high, self.grid))
 
     def tracked(self) -> tuple[Point, ...]:
-        bounds = {"sandwich": (self.low, self.high), "min": (self.low,), "max": (self.high,), "random": ()}
-        return tuple(Width(width) for width in dict.fromkeys(bounds[self.rule]))
+        return tuple(Width(width) for width in sorted(set(self._bounds())))
 
     def calibrates(self, point: Point) -> bool:
         return self.statistics == "measured"
 
     def admits(self, point: Point) -> str | None:
         if self.statistics == "accumulated":
-            return Recipe.admits(self, point)
+            return super().admits(point)
         return admitted(point, self.low, self.high, self.network.number_of_groups)
 
     def narrower(self, net: nn.Module, point: Point, step: float) -> Sequence[Point]:
         """One group of layers by a step, or by as many as it takes to lose channels."""
+        if self.statistics == "accumulated":
+            return []  # of unlike widths none were accumulated
         slimmable, width = cast(SlimmableNet, net), width_of(point)
         ratios = (width,) * len(slimmable.groups) if isinstance(width, float) else tuple(width)
         found: list[Point] = []
-        for group, ratio in enumerate(ratios if self.statistics == "measured" else ()):
-            while ratio > self.low:
-                ratio = max(self.low, round(ratio - step, 6))
-                below = (*ratios[:group], ratio, *ratios[group + 1 :])
+        for group, ratio in enumerate(ratios):
+            for steps in range(1, math.ceil((ratio - self.low) / step - 1e-6) + 1):
+                lower = max(self.low, round(ratio - steps * step, 6))
+                below = (*ratios[:group], lower, *ratios[group + 1 :])
                 if slimmable.channels(below) != slimmable.channels(ratios):
                     found.append(Widths(below))
                     break

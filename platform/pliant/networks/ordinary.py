@@ -71,7 +71,10 @@ def absorbed(net: nn.Module) -> nn.Module:
     for sequence in plain.modules():
         if type(sequence) is nn.Sequential:  # a subclass may run its layers in another order
             for number, (conv, norm) in enumerate(pairwise(sequence)):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+                    continue
+                # Subclasses may do more: activate, or change their weights.
+                if (type(conv), type(norm)) == (nn.Conv2d, nn.BatchNorm2d) and norm.running_mean is not None:
                     sequence[number], sequence[number + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return plain
 

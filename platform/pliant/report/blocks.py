@@ -110,8 +110,10 @@ def _policies(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows, 
     policies, which, images = np.unique(rows["open"].round(), axis=0, return_inverse=True, return_counts=True)
     commonest = np.argsort(-images, kind="stable")[:_POLICIES]
     # Of the images whose pixels were kept, the row of what was found of each.
+    there = np.isin(found["spaced_positions"], rows["position"])  # a broken one may have been left out
     order = np.argsort(rows["position"])
-    kept = order[np.searchsorted(rows["position"][order], found["spaced_positions"])]
+    kept = order[np.searchsorted(rows["position"][order], found["spaced_positions"][there])]
+    pictures = found["spaced"][there]
     figure.set_size_inches(9, 0.85 * len(commonest) + 0.9)
     grid = figure.subplots(len(commonest), _EXAMPLES + 1, squeeze=False, width_ratios=[3.5, *[1] * _EXAMPLES])
     for row, number in zip(grid, commonest, strict=True):
@@ -123,7 +125,7 @@ def _policies(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows, 
         row[0].set_xticks([])
         row[0].set_yticks([])
         for axes, place in zip(row[1:], np.flatnonzero(having[kept])[:_EXAMPLES], strict=False):
-            axes.imshow(found["spaced"][place], interpolation="nearest")
+            axes.imshow(pictures[place], interpolation="nearest")
         for axes in row[1:]:
             axes.set_axis_off()
     rest = "" if len(policies) <= _POLICIES else f", the commonest of {len(policies)}"

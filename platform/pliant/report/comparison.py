@@ -53,7 +53,8 @@ def _labels(names: dict[Path, str]) -> list[str]:
 
 def _images(spectrum: dict[str, Any]) -> str:
     kind = "generated " if spectrum["generated"] else ""
-    return f"{spectrum['lines'][0]['images']} {kind}images ({spectrum['split']})"
+    size = f" of {spectrum['size']} px" if spectrum.get("size") else ""
+    return f"{spectrum['lines'][0]['images']} {kind}images{size} ({spectrum['split']})"
 
 
 def table(spectra: dict[str, dict[str, Any]]) -> Table:

@@ -32,7 +32,9 @@ def title(spectrum: dict[str, Any]) -> str:
     images = spectrum["lines"][0]["images"]
     kind = "generated " if spectrum["generated"] else ""
     split = {"val": "validation", "held_out": "held-out"}[spectrum["split"]]
-    return f"{spectrum['name']}: one {spectrum['method']} after {spectrum['step']} steps, {images} {kind}{split} images"
+    size = f" of {spectrum['size']} px" if spectrum.get("size") else ""
+    of = f"{images} {kind}{split} images{size}"
+    return f"{spectrum['name']}: one {spectrum['method']} after {spectrum['step']} steps, {of}"
 
 
 def table(spectrum: dict[str, Any]) -> Table:
@@ -148,9 +150,10 @@ def scalars(spectrum: dict[str, Any], run: Path) -> None:
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
+    place = f"spectrum {spectrum['size']} px" if spectrum.get("size") else "spectrum"
     with SummaryWriter(str(run / "tensorboard")) as boards:
         for line in spectrum["lines"]:
             for name in ("top1", "top5", "loss", "macs"):
-                boards.add_scalar(f"spectrum/{name}/{line['point']}", line[name], spectrum["step"])
+                boards.add_scalar(f"{place}/{name}/{line['point']}", line[name], spectrum["step"])
         picture = np.asarray(Image.open(run / "spectrum.png").convert("RGB"))
-        boards.add_image("spectrum", picture, spectrum["step"], dataformats="HWC")
+        boards.add_image(place, picture, spectrum["step"], dataformats="HWC")
