@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from pliant.engine.ranks import Ranks
@@ -98,10 +98,11 @@ def measure(run: Path, settings: Settings) -> dict[str, Any]:
 
 def main(settings: Settings) -> None:
     results = [measure(run, settings) for run in settings.runs]
-    table = Table("run", *(f"{share:g} n" for share in settings.shares), "falls", "bounded by the smallest")
+    shares = (f"{share:g} n" for share in settings.shares)
+    table = Table(Column("run", overflow="fold"), *shares, "falls", "bounded by the smallest")
     for run, one in zip(settings.runs, results, strict=True):
-        shares = (f"{one['falls']:.1%}", f"{one['bounded']:.1%}")
-        table.add_row(str(run), *(f"{error:.3f}" for error in one["errors"]), *shares)
+        kept = (f"{one['falls']:.1%}", f"{one['bounded']:.1%}")
+        table.add_row(str(run), *(f"{error:.3f}" for error in one["errors"]), *kept)
     Console().print("Mean |y^n - y^k| over mean |y^n|, and the share of features that keep to Eq. 3", table)
     print(json.dumps({"shares": settings.shares, "runs": results}))
 
