@@ -103,7 +103,9 @@ def test_spectrum_has_blocks_costs_and_pictures(run: Path, capsys: pytest.Captur
             assert right[rows[f"{middle}/{end}_rows"]].all()
             assert rows[f"{middle}/{end}"].shape == (min(16, right.sum()), 32, 32, 3)
     assert (run / "images.png").is_file() == differ, "where all images cost alike there are no easy and no hard ones"
-    for name in ("spectrum.png", "blocks.png", "classes.png", "policies.png", *["images.png"] * differ):
+    several = len(measured["lines"]) > 1
+    always = ("spectrum.png", "blocks.png", "classes.png", "policies.png")
+    for name in (*always, *["scales.png"] * several, *["images.png"] * differ):
         assert f"{run / name}" in said
         with Image.open(run / name) as picture:
             assert min(picture.size) > 250
@@ -123,7 +125,9 @@ def test_where_all_images_cost_alike_none_are_shown_as_easy_or_hard(run: Path, t
         kept = {name: np.ones_like(rows[name]) if name.endswith("/macs") else rows[name] for name in rows.files}
     np.savez(copied / "spectrum.npz", **kept)
     (copied / "images.png").touch()  # of an earlier spectrum
-    assert [path.name for path in blocks.draw(copied)] == ["blocks.png", "classes.png", "policies.png"]
+    drawn = [path.name for path in blocks.draw(copied)]
+    assert drawn[:3] == ["blocks.png", "classes.png", "policies.png"]
+    assert "images.png" not in drawn
     assert not (copied / "images.png").exists()
 
 

@@ -13,7 +13,7 @@ from pliant.aside import written_aside
 from pliant.report.spectrum import read, title
 
 Rows = Mapping[str, NDArray[Any]]
-_NAMES = ("blocks.png", "classes.png", "policies.png", "images.png")
+_NAMES = ("blocks.png", "classes.png", "policies.png", "scales.png", "images.png")
 _POLICIES = 8  # that a picture has room for
 _EXAMPLES = 8  # of each
 
@@ -25,6 +25,7 @@ def draw(run: Path) -> list[Path]:
     classes.png: blocks left out per class, over the class's accuracy (SkipNet Fig. 9).
     policies.png: the sets of blocks that most images share, and some of these images (BlockDrop Fig. 4), at the point
     that has most of them.
+    scales.png: single images at every point, first those that are right at one and wrong at another (URNet Fig. 6, 7).
     images.png: the images that cost least and most (SkipNet Fig. 7, BlockDrop Fig. 5), at the middle one of the points
     at which images differ in cost; there is none where they never do.
     """
@@ -47,6 +48,8 @@ def draw(run: Path) -> list[Path]:
         ("classes.png", lambda figure: _classes(figure, spectrum, middle, rows[middle])),
         ("policies.png", lambda figure: _policies(figure, spectrum, various, rows[various], found)),
     ]
+    if len(points) > 1:
+        pictures.append(("scales.png", lambda figure: _scales(figure, spectrum, rows, found)))
     differing = [point for point in points if "easiest" in rows[point] and np.ptp(rows[point]["macs"]) > 0]
     if differing:
         between = differing[len(differing) // 2]
@@ -109,27 +112,54 @@ def _policies(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows, 
     """A row for each: its blocks, the share of images, their accuracy, and some of them."""
     policies, which, images = np.unique(rows["open"].round(), axis=0, return_inverse=True, return_counts=True)
     commonest = np.argsort(-images, kind="stable")[:_POLICIES]
-    # Of the images whose pixels were kept, the row of what was found of each.
-    there = np.isin(found["spaced_positions"], rows["position"])  # a broken one may have been left out
-    order = np.argsort(rows["position"])
-    kept = order[np.searchsorted(rows["position"][order], found["spaced_positions"][there])]
-    pictures = found["spaced"][there]
+    pictures, kept = _spaced(rows, found)
     figure.set_size_inches(9, 0.85 * len(commonest) + 0.9)
     grid = figure.subplots(len(commonest), _EXAMPLES + 1, squeeze=False, width_ratios=[3.5, *[1] * _EXAMPLES])
     for row, number in zip(grid, commonest, strict=True):
         having = which.reshape(-1) == number
-        row[0].imshow(policies[number][None], vmin=0, vmax=1, aspect="auto", cmap="viridis")
         share, right = having.mean(), rows["right"][having].mean()
-        title_of_row = f"{policies[number].sum():.0f} blocks: {share:.1%} of the images, {right:.1%} right"
-        row[0].set_title(title_of_row, fontsize=7)
-        row[0].set_xticks([])
-        row[0].set_yticks([])
+        _strip(row[0], policies[number], f"{share:.1%} of the images, {right:.1%} right")
         for axes, place in zip(row[1:], np.flatnonzero(having[kept])[:_EXAMPLES], strict=False):
             axes.imshow(pictures[place], interpolation="nearest")
         for axes in row[1:]:
             axes.set_axis_off()
     rest = "" if len(policies) <= _POLICIES else f", the commonest of {len(policies)}"
     figure.suptitle(f"{title(dict(spectrum))}, at {point}: blocks that run{rest}", fontsize=7)
+
+
+def _spaced(rows: Rows, found: Rows) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The images whose pixels were kept, and the row of what was found of each."""
+    there = np.isin(found["spaced_positions"], rows["position"])  # a broken one may have been left out
+    order = np.argsort(rows["position"])
+    kept = order[np.searchsorted(rows["position"][order], found["spaced_positions"][there])]
+    return found["spaced"][there], kept
+
+
+def _strip(axes: Any, opened: NDArray[Any], said: str, colour: str = "black") -> None:
+    """The blocks that run, side by side."""
+    axes.imshow(opened[None], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axes.set_title(f"{opened.sum():.0f} blocks: {said}", fontsize=7, color=colour)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _scales(figure: Any, spectrum: Mapping[str, Any], rows: Mapping[str, Rows], found: Rows) -> None:
+    """A row for each image: its picture, and its blocks at every point."""
+    pictures, kept = _spaced(next(iter(rows.values())), found)
+    places = [dict(zip(one["position"].tolist(), range(len(one["position"])), strict=True)) for one in rows.values()]
+    positions = next(iter(rows.values()))["position"][kept]
+    seen = [[place[position] for place in places] for position in positions.tolist()]
+    right = np.array([[one["right"][row] for one, row in zip(rows.values(), each, strict=True)] for each in seen])
+    changing = np.argsort(right.all(1) | ~right.any(1), kind="stable")[:_POLICIES]
+    figure.set_size_inches(1.2 + 2.2 * len(rows), 0.85 * len(changing) + 0.9)
+    grid = figure.subplots(len(changing), 1 + len(rows), squeeze=False, width_ratios=[1, *[2.5] * len(rows)])
+    for line, number in zip(grid, changing, strict=True):
+        line[0].imshow(pictures[number], interpolation="nearest")
+        line[0].set_axis_off()
+        for axes, (point, one), row in zip(line[1:], rows.items(), seen[number], strict=True):
+            said, colour = ("right", "#2a7d3b") if one["right"][row] else ("wrong", "#b03a2e")
+            _strip(axes, one["open"][row], f"{said} at {point}", colour)
+    figure.suptitle(f"{title(dict(spectrum))}: blocks that run", fontsize=7)
 
 
 def _images(figure: Any, spectrum: Mapping[str, Any], point: str, rows: Rows) -> None:
