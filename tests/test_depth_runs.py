@@ -184,6 +184,7 @@ def test_pretrained_weights_are_begun_with_and_others_refused(data: Path, tmp_pa
     assert not (tmp_path / "wrong").exists(), "nothing was begun"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch's, of its own parts
 def test_exported_weights_with_another_shortcut_are_refused(data: Path, tmp_path: Path) -> None:
     """Neither kind has weights: names and shapes alone would let them pass."""
     pool = ["--recipe.network.shortcut", "pool", "--optimization.steps", "0", "--optimization.warmup-epochs", "0"]

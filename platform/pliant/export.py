@@ -51,7 +51,7 @@ def export(trained: Trained, net: nn.Module, point: Point, folder: Path, formats
     if ordinary is None:
         name = type(trained.recipe).__name__
         raise UserError(f"{name} has no ordinary network to export: it has no export() of its own.")
-    plain = ordinary.cpu().float()
+    plain = ordinary.cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     size = trained.experiment.data.side
     images = torch.zeros(2, 3, size, size)
     folder.mkdir(parents=True, exist_ok=True)
