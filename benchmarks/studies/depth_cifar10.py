@@ -92,19 +92,19 @@ def skipnet(*options: str, epochs: tuple[float, ...] = (18, 8)) -> Row:
     return Row("skipnet_cifar10", depth(epochs, "--optimization.lr", "0.04", *share, *options), epochs, frozen=frozen)
 
 
-def urnet(*options: str, epochs: tuple[float, ...] = (5, 30)) -> Row:
+def urnet(*options: str, epochs: tuple[float, ...] = (5, 30), frozen: tuple[str, ...] = ()) -> Row:
     """Gates, then everything; or everything at once where the variant has one stage. By Adam, as the recipe file."""
     if len(epochs) > 1:
         share = f"--recipe.gates-share={epochs[0] / sum(epochs):.6f}"
         own: tuple[str, ...] = ("--optimization.lr", "5e-3", "--recipe.joint-rate", "0.2", share, "--recipe.beta", "8")
     else:
         own = ("--optimization.lr", "1e-3")
-    return Row("urnet_cifar10", depth(epochs, *own, *options), epochs, SCALES)
+    return Row("urnet_cifar10", depth(epochs, *own, *options), epochs, SCALES, frozen)
 
 
 def urnet_by_sgd(epochs: tuple[float, float] = (5, 30)) -> Row:
-    """URNet by SGD, which forgets less of the pretrained network and moves the gates sooner. Scales from 0.4: with 15
-    blocks the gates keep six open at 0.2 and seven at 0.4, so that smaller ones only take from the larger."""
+    """URNet by SGD, which forgets less of the pretrained network. Scales from 0.4: with 15 blocks the gates keep six
+    open at 0.2 and seven at 0.4, so that smaller ones only take from the larger."""
     sgd = ("--optimization.optimizer", "sgd", "--optimization.weight-decay", "1e-4")
     share = f"--recipe.gates-share={epochs[0] / sum(epochs):.6f}"
     gates = ("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta", "12", "--recipe.smallest", "0.4", share)
@@ -131,7 +131,7 @@ BY_CLASS = (
 
 ROWS = {
     "skipnet": skipnet("--recipe.alpha", "2", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
-    "urnet": urnet_by_sgd(),
+    "urnet": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5", frozen=("S0.4", "S0.6")),
     "blockdrop": blockdrop(
         *("--recipe.gamma-from", "0.1", "--recipe.gamma", "1", "--recipe.doubt", "0.25", *BY_CLASS),
         *("--recipe.joint-rate", "0.25"),
@@ -142,7 +142,12 @@ ROWS = {
     ),
     "blockdrop gamma 1": blockdrop("--recipe.gamma", "1", *OLD, epochs=(26, 16), images=256),
     "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),
-    "urnet by adam": urnet("--recipe.p", "0.1", "--recipe.gates-p", "0.5"),
+    "urnet by sgd": urnet_by_sgd(),
+    "urnet beta 12": urnet(
+        *("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta=12", "--recipe.smallest", "0.4"),
+        "--recipe.joint-rate=0.1",
+        epochs=(4, 16),
+    ),
     "urnet p 0.2": urnet("--recipe.p", "0.2", "--recipe.gates-p", "0.5"),
     "skipnet alpha 5": skipnet("--recipe.alpha", "5", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
     "skipnet pooled": skipnet(
