@@ -184,13 +184,12 @@ def test_pretrained_weights_are_begun_with_and_others_refused(data: Path, tmp_pa
     assert not (tmp_path / "wrong").exists(), "nothing was begun"
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch's, of its own parts
 def test_exported_weights_with_another_shortcut_are_refused(data: Path, tmp_path: Path) -> None:
     """Neither kind has weights: names and shapes alone would let them pass."""
     pool = ["--recipe.network.shortcut", "pool", "--optimization.steps", "0", "--optimization.warmup-epochs", "0"]
     assert finish(given(data, tmp_path / "plain", "resnet", *pool)).returncode == 0
     plain = only_run(tmp_path / "plain")
-    cli.main(["export", str(plain), "--at", "native"])
+    cli.main(["export", str(plain), "--at", "native", "--formats", "safetensors", "torch"])
     folder = plain / "export" / "native"
     net = ResNet(depth=14, shortcut="pool").build(10).eval()
     net.load_state_dict(load_file(folder / "model.safetensors"))

@@ -66,7 +66,7 @@ def equal(run: Path, other: Path) -> bool:
     return all(same(one[name], two[name]) for name in ("net", "rows", "ema", "ema_rows", "optimizer", "precision"))
 
 
-@pytest.mark.parametrize("step", [1, 4, 8])
+@pytest.mark.parametrize("step", [1, 4, pytest.param(8, marks=pytest.mark.soak)])
 def test_killed_and_resumed_ends_the_same(data: Path, undisturbed: Path, tmp_path: Path, step: int) -> None:
     """Before the first checkpoint, in the middle of an epoch, and in a later one."""
     given = command(*arguments(data, tmp_path, **SETTINGS))
