@@ -144,9 +144,8 @@ ROWS = {
     "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),
     "urnet by sgd": urnet_by_sgd(),
     "urnet beta 12": urnet(
-        *("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta=12", "--recipe.smallest", "0.4"),
-        "--recipe.joint-rate=0.1",
-        epochs=(4, 16),
+        *("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta=12", "--recipe.joint-rate=0.1"),
+        epochs=(2, 6),
     ),
     "urnet p 0.2": urnet("--recipe.p", "0.2", "--recipe.gates-p", "0.5"),
     "skipnet alpha 5": skipnet("--recipe.alpha", "5", "--recipe.hrl-rate", "0.025", "--recipe.open-rate", "0.8"),
