@@ -58,6 +58,7 @@ def measure(run: Path, checkpoint: str, settings: Settings) -> dict[str, Any]:
         raise UserError(f"{run} is no run of SkipNet: it has no gates that a threshold opens.")
     with trained.feed.evaluation("val", batch=500) as batches:
         held = [(batch.images, batch.labels) for batch in batches]
+    images_in_all = sum(len(labels) for _, labels in held)
     walks: list[Walk] = [net(images, threshold, recipe.executed()) for images, _ in held]
     logits = torch.cat([walk.gate_logits for walk in walks]).flatten().sort().values
     logits = logits[logits > 0]
@@ -69,7 +70,6 @@ def measure(run: Path, checkpoint: str, settings: Settings) -> dict[str, Any]:
             walk = net(images, above(least), recipe.executed())
             right += (walk.logits.argmax(1) == labels).sum().item()
             blocks += walk.open.sum().item()
-        images_in_all = sum(len(labels) for _, labels in held)
         probability = torch.tensor(least).sigmoid().item()
         found.append(
             {
