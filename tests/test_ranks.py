@@ -47,6 +47,7 @@ DEPTH = (
     BlockDrop(network=R8),
     BlockDrop(network=R8, policy_share=0.2),
     BlockDrop(network=R8, decide="block by block"),
+    BlockDrop(network=R8, decide="recurrent"),
     URNet(network=R8, p=0.5),
     URNet(network=R8, variant="external", p=0.5),
     URNet(network=R8, variant="attention"),

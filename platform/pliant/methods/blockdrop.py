@@ -18,7 +18,7 @@ from pliant.errors import UserError
 from pliant.methods.depth import GatingRecipe
 from pliant.methods.reinforce import bounded, entropy, log_probability, policy_loss, sample
 from pliant.networks.gated import GatedNet, full
-from pliant.networks.gates import Ask, ClassPolicy, GatePerBlock, Gates, Policy, PooledGate
+from pliant.networks.gates import Ask, ClassPolicy, Gates, Policy, make_gates
 from pliant.networks.resnet import Decide, ResidualNet, ResNet
 from pliant.randomness import Draw
 from pliant.recipe import Batch, Measurement, Pass, Progress, Stage
@@ -28,9 +28,9 @@ from pliant.recipe import Batch, Measurement, Pass, Progress, Stage
 class BlockDrop(GatingRecipe):
     """Algorithm 1: curriculum, then joint fine-tuning; before them, if asked, the policy network learns the classes."""
 
-    decide: Literal["once", "block by block"] = "once"
+    decide: Literal["once", "block by block", "recurrent"] = "once"
     """once: a policy network, ahead of all blocks. block by block: from each block's averaged input, the sequential
-    variant of Table 2."""
+    variant of Table 2. recurrent: the same through an LSTM along the depth (section 4.1)."""
     gamma: float = 1.0
     """Penalty of a wrong answer in the curriculum (Eq. 3), which a reward has as -gamma: 1 in the authors' code; the
     paper prints none."""
@@ -112,8 +112,8 @@ class BlockDrop(GatingRecipe):
         return self.gated(backbone, self._gates(backbone))
 
     def _gates(self, backbone: ResidualNet) -> Gates:
-        if self.decide == "block by block":
-            return GatePerBlock([PooledGate(block.inputs) for block in backbone.blocks()], 0)
+        if self.decide != "once":
+            return make_gates("rnn" if self.decide == "recurrent" else "pooled", backbone, 0)
         imagenet, blocks = self.network.form == "imagenet", self.network.number_of_blocks
         spec = ResNet(form="imagenet", depth=10) if imagenet else ResNet(depth=8, shortcut="pool")
         if self.policy_share:
@@ -207,7 +207,8 @@ class BlockDrop(GatingRecipe):
 
         logits = roll_out(sampled)
         reward = self.reward(logits, batch.labels, torch.stack(actions, 1), first, gamma)
-        advantage = reward - self._greedy_reward(ask, batch.labels, roll_out, first, gamma)
+        again = ask if self.decide == "once" else net.gates.begin(batch.images, None)
+        advantage = reward - self._greedy_reward(again, batch.labels, roll_out, first, gamma)
         probability = torch.stack(probabilities, 1)
         loss = policy_loss(log_probability(probability, torch.stack(actions, 1)), advantage)
         if self.entropy:
@@ -250,9 +251,9 @@ class BlockDrop(GatingRecipe):
             return answer
 
         said = walk.gate_logits.detach()
-        again = net.gates.begin(batch.images, None) if self.decide == "block by block" else None
-        ask: Ask = again or (lambda number, x: said[:, number])
-        advantage = reward - self._greedy_reward(ask, batch.labels, roll_out, 0, self.joint_gamma)
+        once = self.decide == "once"
+        again: Ask = (lambda number, x: said[:, number]) if once else net.gates.begin(batch.images, None)
+        advantage = reward - self._greedy_reward(again, batch.labels, roll_out, 0, self.joint_gamma)
         likely = log_probability(torch.stack(probabilities, 1), walk.open)
         loss = supervised + policy_loss(likely, advantage)
         metrics = {"cross_entropy": supervised.detach()} | self._metrics(reward, advantage, walk.open, 0)
