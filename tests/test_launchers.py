@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pliant.engine.backends.zero import options_for
+from pliant.engine.backends.deepspeed_file import options_for
 from pliant.engine.launch import again, honoured
 from pliant.errors import UserError
 from pliant.experiment import Experiment

@@ -85,7 +85,7 @@ def _with_backend(experiment: Experiment, env: Mapping[str, str]) -> Experiment:
 def _stage(config: Path | None, env: Mapping[str, str]) -> int:
     stage: object = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if config is not None:
-        from pliant.engine.backends.zero import read_config
+        from pliant.engine.backends.deepspeed_file import read_config
 
         stage = read_config(config).get("zero_optimization", {}).get("stage", 0)
     if str(stage) not in ("0", "1", "2", "3"):
