@@ -76,6 +76,7 @@ ALL = [
     SkipNet(network=SMALL, learning="hrl", costs="macs", gate="ff1"),
     BlockDrop(network=SMALL),
     BlockDrop(network=SMALL, decide="block by block", baseline="none", entropy=0.1),
+    BlockDrop(network=SMALL, decide="recurrent"),
     BlockDrop(network=SMALL, policy_share=0.2),
     URNet(network=SMALL),
     URNet(network=SMALL, variant="external"),
@@ -346,6 +347,32 @@ def test_curriculum_grows_from_the_last_block() -> None:
     assert BlockDrop(network=SMALL, curriculum=False).decided(at(0, 0.0)) == 6
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("decide", ["once", "block by block", "recurrent"])
+def test_baseline_is_the_reward_of_what_it_does_by_itself(
+    decide: Any, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recurrent policy begins anew for it: what the sampled actions left in its state has no say."""
+    recipe = BlockDrop(network=SMALL, decide=decide, alpha=0.6)
+    net = built(recipe, stage).eval()
+    with torch.no_grad():
+        for parameter in net.gates.parameters():
+            parameter.mul_(8.0)  # decisions that hang on what was decided before
+    images = batch().images
+    alone = recipe.predict(net, images, Native()).marks["open"]
+    rewarded: list[Tensor] = []
+
+    def kept(self: BlockDrop, logits: Tensor, labels: Tensor, opened: Tensor, always: int, gamma: float) -> Tensor:
+        rewarded.append(opened)
+        return torch.zeros(len(labels))
+
+    monkeypatch.setattr(BlockDrop, "reward", kept)
+    only(recipe.iteration(net, batch(), Draw(0, stage, 3, 0), at(stage, 0.9)))
+    sampled, greedy = rewarded
+    assert not torch.equal(sampled, greedy)
+    assert torch.equal(greedy, alone)
+
+
 def test_curriculum_s_gradient_is_eq_6_and_its_network_stays() -> None:
     recipe = BlockDrop(network=SMALL, grow=0.5, alpha=0.8, gamma=2.0)
     net = built(recipe)
@@ -462,6 +489,42 @@ def test_fixed_blocks_run_alone() -> None:
 # --- URNet
 
 
+@pytest.mark.parametrize("variant", ["urnet", "external"])
+def test_standardised_scale_is_read_less_its_mean_over_its_deviation(variant: Any) -> None:
+    """Of a uniform S from 0.4 to 1: 0.7, and 0.6 over the root of 12."""
+    plain = built(URNet(network=SMALL, variant=variant, smallest=0.4)).eval()
+    other = built(URNet(network=SMALL, variant=variant, smallest=0.4, standardise=True)).eval()
+    images, walked = batch().images, runner("masked", "inside")
+    with torch.no_grad():
+        want = plain(images, threshold, walked, (0.9 - 0.7) / (0.6 / 12**0.5)).gate_logits
+        assert torch.allclose(other(images, threshold, walked, 0.9).gate_logits, want, atol=1e-5)
+        assert not torch.allclose(plain(images, threshold, walked, 0.9).gate_logits, want, atol=1e-2)
+
+
+def test_gates_that_read_a_standardised_scale_follow_it_sooner() -> None:
+    """By SGD, of the scale loss alone."""
+
+    def rise(standardise: bool) -> float:
+        recipe = URNet(network=SMALL, gates_p=1.0, beta=12.0, standardise=standardise)
+        net = built(recipe)
+        optimizer = torch.optim.SGD(net.gates.parameters(), lr=0.05, momentum=0.9)
+        for step in range(30):
+            optimizer.zero_grad()
+            scale = recipe.scale(Draw(0, 0, step, 0), at(0))
+            opened = net(
+                batch().images, lambda number, logits: logits.sigmoid(), runner("masked", "inside"), scale
+            ).open
+            (recipe.beta * recipe.scale_loss(opened, scale)).backward()
+            optimizer.step()
+        small, large = (
+            net(batch().images, threshold, runner("masked", "inside"), one).gate_logits.sigmoid().mean().item()
+            for one in (0.2, 1.0)
+        )
+        return large - small
+
+    assert rise(standardise=True) > 2 * rise(standardise=False)
+
+
 def test_scale_loss_is_eq_4_per_image() -> None:
     opened = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
     recipe = URNet(network=SMALL)
@@ -576,6 +639,8 @@ def test_conditional_gates_cost_0_04_percent_of_resnet_110() -> None:
         (lambda: BlockDrop(network=SMALL, doubt=0.2), "asks a policy network that learned the classes first"),
         (lambda: BlockDrop(network=SMALL, policy_share=0.1, doubt=0.0), "write for instance --recipe.doubt 0.2"),
         (lambda: URNet(network=SMALL, gates_share=0.0), "trains nothing"),
+        (lambda: URNet(network=SMALL, fixed=0.6, standardise=True), "leave --recipe.standardise out"),
+        (lambda: URNet(network=SMALL, smallest=0.5, largest=0.5, standardise=True), "leave --recipe.standardise out"),
         (lambda: URNet(network=SMALL, gates_p=2.0), "write --recipe.gates-p"),
         (lambda: URNet(network=SMALL, smallest=0.5, largest=0.4), "Scales lie in"),
         (lambda: URNet(network=SMALL, gates_p=0.0), "that stage trains nothing"),

@@ -114,6 +114,16 @@ def urnet_by_sgd(epochs: tuple[float, float] = (5, 30)) -> Row:
     return Row("urnet_cifar10", options, epochs, SCALES, frozen=("S0.6", "S0.8"), frozen_with=again)
 
 
+def urnet_standardised(epochs: tuple[float, float] = (0.25, 9.75)) -> Row:
+    """By SGD too, with gates that read S standardised, and follow it at once. The gates' few steps end where a
+    checkpoint is due."""
+    sgd = ("--optimization.optimizer", "sgd", "--optimization.weight-decay", "1e-4", "--optimization.lr", "0.04")
+    share = f"--recipe.gates-share={epochs[0] / sum(epochs):.6f}"
+    gates = ("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta", "30", "--recipe.smallest", "0.3", share)
+    options = depth(epochs, *sgd, *gates, "--recipe.standardise", "--saving.every-steps", "44")
+    return Row("urnet_cifar10", options, epochs, SCALES, frozen=("S0.6", "S0.8"), frozen_with=sgd)
+
+
 def fixed(rule: str, keep: int, epochs: float, *options: str) -> Row:
     """Blocks that no image has a say in."""
     own = ("--optimization.lr", "1e-3", "--recipe.rule", rule, "--recipe.keep", str(keep))
@@ -143,6 +153,7 @@ ROWS = {
     "blockdrop gamma 1": blockdrop("--recipe.gamma", "1", *OLD, epochs=(26, 16), images=256),
     "blockdrop gamma 2": blockdrop("--recipe.gamma", "2", *OLD, epochs=(26, 16), images=256),
     "urnet by sgd": urnet_by_sgd(),
+    "urnet standardised": urnet_standardised(),
     "urnet beta 12": urnet(
         *("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta=12", "--recipe.joint-rate=0.1"),
         epochs=(2, 6),

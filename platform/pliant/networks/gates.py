@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -24,6 +25,19 @@ Ask = Callable[[int, Tensor], Tensor]
 GateKind = Literal["ff1", "ff2", "rnn", "pooled"]
 _OPEN = 10.0  # a logit that leaves no question
 _HIDDEN = 10  # of SkipNet's recurrent gate, both its input and its state
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How gates read the user's scale S: as (S - center) / spread; S itself by default."""
+
+    center: float = 0.0
+    spread: float = 1.0
+
+    def beside(self, features: Tensor, scale: float | None, columns: int) -> Tensor:
+        """Features (B, C) and the scale, or 1 if none is given, in so many columns more: (B, C + columns)."""
+        read = ((1.0 if scale is None else scale) - self.center) / self.spread
+        return torch.cat([features, features.new_full((len(features), columns), read)], 1)
 
 
 class Gates(nn.Module):
@@ -165,16 +179,16 @@ class ConditionalGate(Gate):
     The reduction r is that of SENet: 2C values to C / r, ReLU, to 1; 0.04 % of ResNet-110 with r = 2.
     """
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    def __init__(self, channels: int, reduction: int, reading: Reading) -> None:
         super().__init__()
+        self.reading = reading
         hidden = max(1, channels // reduction)
         self.reduce = nn.Linear(2 * channels, hidden)
         self.fc = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, scale: float | None) -> Tensor:
-        pooled = x.mean((2, 3))
-        wish = pooled.new_full(pooled.shape, 1.0 if scale is None else scale)
-        answer: Tensor = self.fc(F.relu(self.reduce(torch.cat([pooled, wish], 1))))
+        both = self.reading.beside(x.mean((2, 3)), scale, x.shape[1])
+        answer: Tensor = self.fc(F.relu(self.reduce(both)))
         return answer[:, 0]
 
     def macs(self, side: int) -> int:
@@ -213,13 +227,13 @@ class PolicyNetwork(Gates):
 
 
 class Policy(PolicyNetwork):
-    """BlockDrop's (section 3.2). With `scaled`, the user's scale is one more feature (URNet's external network)."""
+    """BlockDrop's (section 3.2). With a `reading`, the user's scale is one more feature (URNet's external network)."""
 
-    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, scaled: bool = False) -> None:
+    def __init__(self, spec: ResNet, blocks: int, *, pool: int = 1, reading: Reading | None = None) -> None:
         super().__init__()
-        self.pool, self.scaled = pool, scaled
+        self.pool, self.reading = pool, reading
         self.net = spec.build(1)
-        self.net.fc = nn.Linear(self.net.features + scaled, blocks)
+        self.net.fc = nn.Linear(self.net.features + (reading is not None), blocks)
 
     @property
     def answers(self) -> nn.Linear:
@@ -228,9 +242,8 @@ class Policy(PolicyNetwork):
     def logits(self, images: Tensor, scale: float | None) -> Tensor:
         x = self.net.walk(self.net.stem(self.averaged(images)), range(self.net.spec.number_of_blocks), None, None)
         features = self.net.embed(x)
-        if self.scaled:
-            wish = features.new_full((len(features), 1), 1.0 if scale is None else scale)
-            features = torch.cat([features, wish], 1)
+        if self.reading is not None:
+            features = self.reading.beside(features, scale, 1)
         answer: Tensor = self.net.fc(features)
         return answer
 
