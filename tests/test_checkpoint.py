@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -117,6 +118,23 @@ def test_the_newest_and_the_best_are_kept(scores, keep, left, tmp_path):
     assert checkpoint.newest(tmp_path).step == 5
     scored = [(score, -step) for step, score in enumerate(scores, start=1) if score is not None]
     assert (checkpoint.best(tmp_path) is None) if not scored else checkpoint.best(tmp_path).step == -max(scored)[1]
+
+
+def test_a_lasting_one_stays_and_takes_no_other_s_place(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, state(step), score=None, keep=2, lasting=step == 1)
+    assert steps(tmp_path) == [1, 3, 4]
+    assert checkpoint.require(tmp_path, "1").lasting
+
+
+def test_manifest_from_before_there_were_lasting_ones_is_read(tmp_path):
+    path = save(tmp_path, 3) / FILES[1]
+    manifest = json.loads(path.read_text())
+    for name in ("lasting", "sha256"):
+        manifest.pop(name)
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint._digest(manifest)}))
+    assert checkpoint.verify(path.parent) == Checkpoint(path.parent, 3, None)
+    assert save(tmp_path, 4).exists() and steps(tmp_path) == [3, 4]
 
 
 def test_one_that_was_kept_is_asked_for_by_its_step(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pliant import cli
+from pliant.engine import checkpoint
 from pliant.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from pliant.networks.resnet import ResNet
 from pliant.report import blocks
@@ -165,6 +166,13 @@ def test_stopped_between_two_stages_it_ends_the_same(data: Path, run: Path, tmp_
     one, two = final_state(copied), final_state(run)
     for name in ("net", "rows", "optimizer"):
         assert same(one[name], two[name]), name
+
+
+def test_checkpoint_at_the_end_of_a_stage_is_kept(data: Path, tmp_path: Path) -> None:
+    """Due or not, and however many newer ones there are."""
+    cli.main(["train", *given(data, tmp_path, "urnet", "--saving.keep", "2", "--saving.every-steps", "4")[1:]])
+    left = [path.name for path in checkpoint.folders(only_run(tmp_path) / "checkpoints")]
+    assert left == [f"step-{step:08d}" for step in (STEPS // 2, 8, 12)]
 
 
 def test_pretrained_weights_are_begun_with_and_others_refused(data: Path, tmp_path: Path) -> None:

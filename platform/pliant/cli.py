@@ -238,7 +238,8 @@ def _checkpoint(arguments: Sequence[str]) -> None:
     for path, one in zip(folders, found, strict=True):
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / 1e6
         score = "" if isinstance(one, str) or one.score is None else f"{one.score:.4f}"
-        table.add_row(path.name, score, f"{size:.1f}", "damaged" if isinstance(one, str) else "whole")
+        state = "damaged" if isinstance(one, str) else "whole, end of a stage" if one.lasting else "whole"
+        table.add_row(path.name, score, f"{size:.1f}", state)
     Console().print(table)
     damaged = [one for one in found if isinstance(one, str)]
     if damaged:

@@ -140,12 +140,12 @@ class Saving:
     """Checkpoints."""
 
     every_steps: int | None = None
-    """Save after so many steps; default: after each epoch."""
+    """Save after so many steps; default: after each epoch. At the end of a stage there is a checkpoint besides."""
     every_minutes: float | None = None
     """Save as well when so many minutes have gone by since the last save."""
     keep: int = 2
-    """The newest checkpoints kept, besides the best; at least 2, so that a damaged one can be stepped
-    over."""
+    """The newest checkpoints kept, besides the best and those at the ends of stages; at least 2, so that a damaged one
+    can be stepped over."""
 
     def __post_init__(self) -> None:
         if self.keep < 2:

@@ -37,6 +37,8 @@ class Checkpoint:
     """Optimizer steps done, over all stages."""
     score: float | None
     """The recipe's score on the held-out split, if it was evaluated here."""
+    lasting: bool = False
+    """Whether it stays, however many newer ones there are: the end of a stage."""
 
     def load(self) -> dict[str, Any]:
         """The state, on the CPU."""
@@ -44,14 +46,17 @@ class Checkpoint:
         return state
 
 
-def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep` up to it and the best.
+def save(
+    folder: Path, step: int, state: dict[str, Any], *, score: float | None, keep: int, lasting: bool = False
+) -> Path:
+    """Writes a checkpoint, then removes all but the newest `keep` up to it, the best and the lasting.
 
     A run goes on from its newest whole checkpoint: one of a later step is damaged, and makes place too.
 
     Args:
         folder: of all checkpoints of the run; made if missing.
         state: tensors and plain values only.
+        lasting: it stays until the run's folder goes.
 
     Raises:
         OSError: it could not be written; then nothing is left of it, and the others stand.
@@ -65,7 +70,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, score: float | None,
         partial.mkdir()
         with _Flushed(partial / _STATE) as file:
             _save(state, file)
-        body = {"step": step, "score": score, "files": {_STATE: file.entry}}
+        body = {"step": step, "score": score, "lasting": lasting, "files": {_STATE: file.entry}}
         with _Flushed(partial / _MANIFEST) as manifest:
             manifest.write(json.dumps({**body, "sha256": _digest(body)}, indent=2).encode())
         _flush_folder(partial)
@@ -100,7 +105,7 @@ def verify(path: Path, *, contents: bool = True) -> Checkpoint | str:
             with file.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
                     return f"{file} is damaged: its checksum does not match"
-        return Checkpoint(path, int(manifest["step"]), manifest["score"])
+        return Checkpoint(path, int(manifest["step"]), manifest["score"], bool(manifest.get("lasting")))
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -179,8 +184,9 @@ def _of_step(folder: Path, step: str) -> Checkpoint:
 def _thin(folder: Path, keep: int, written: Path) -> None:
     there = folders(folder)
     paths = [path for path in there if path <= written]
-    kept = set(paths[-keep:])
-    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    said = {path: _said(path) for path in paths}
+    kept = {*paths[-keep:], *(path for path in paths if said[path].get("lasting"))}
+    scores = {path: float(score) for path in paths if (score := said[path].get("score")) is not None}
     for path in sorted(scores, key=lambda path: (-scores[path], path)):
         if path in kept or isinstance(verify(path), Checkpoint):  # a damaged one is not worth a whole one's place
             kept.add(path)
@@ -190,12 +196,13 @@ def _thin(folder: Path, keep: int, written: Path) -> None:
             shutil.rmtree(_aside(path), ignore_errors=True)
 
 
-def _score(path: Path) -> float | None:
+def _said(path: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says, unverified; nothing if it cannot be read."""
     try:
-        score = json.loads((path / _MANIFEST).read_text())["score"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return None if score is None else float(score)
+        said = json.loads((path / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _aside(path: Path) -> Path:

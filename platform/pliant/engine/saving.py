@@ -84,8 +84,10 @@ class Saver:
         """Waits for a write under way."""
         self._report(self._finished())
 
-    def save(self, step: int, state: dict[str, Any], *, score: float | None, must: bool) -> None:
+    def save(self, step: int, state: dict[str, Any], *, score: float | None, must: bool, lasting: bool = False) -> None:
         """Collective. Begins to write a checkpoint; `must`: waits for it, and a failure ends the run.
+
+        `lasting`: newer ones do not replace it.
 
         Raises:
             UserError: it must be written, and cannot be.
@@ -96,17 +98,18 @@ class Saver:
             self.settle()
             copied = self._copy.take(state)
             if must:
-                problem = self._problem(lambda: self._write(step, copied, score))
+                problem = self._problem(lambda: self._write(step, copied, score, lasting))
             else:
-                self._pending = self._writer.submit(self._write, step, copied, score)
+                self._pending = self._writer.submit(self._write, step, copied, score, lasting)
         if not must:
             return
         problem = self._ranks.from_first(problem)
         if problem is not None:
             raise UserError(f"No {problem}. Make room, then write --resume {self._folder.parent}.")
 
-    def _write(self, step: int, copied: dict[str, Any], score: float | None) -> Path:
-        return checkpoint.save(self._folder, step, copied, score=score, keep=self._config.keep)
+    def _write(self, step: int, copied: dict[str, Any], score: float | None, lasting: bool) -> Path:
+        keep = self._config.keep
+        return checkpoint.save(self._folder, step, copied, score=score, keep=keep, lasting=lasting)
 
     def _finished(self) -> str | None:
         """Waits for the write under way; what went wrong with it."""
