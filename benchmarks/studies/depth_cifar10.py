@@ -115,12 +115,11 @@ def urnet_by_sgd(epochs: tuple[float, float] = (5, 30)) -> Row:
 
 
 def urnet_standardised(epochs: tuple[float, float] = (0.25, 9.75)) -> Row:
-    """By SGD too, with gates that read S standardised, and follow it at once. The gates' few steps end where a
-    checkpoint is due."""
+    """By SGD too, with gates that read S standardised, and follow it at once."""
     sgd = ("--optimization.optimizer", "sgd", "--optimization.weight-decay", "1e-4", "--optimization.lr", "0.04")
     share = f"--recipe.gates-share={epochs[0] / sum(epochs):.6f}"
     gates = ("--recipe.p", "0.1", "--recipe.gates-p", "0.5", "--recipe.beta", "30", "--recipe.smallest", "0.3", share)
-    options = depth(epochs, *sgd, *gates, "--recipe.standardise", "--saving.every-steps", "44")
+    options = depth(epochs, *sgd, *gates, "--recipe.standardise")
     return Row("urnet_cifar10", options, epochs, SCALES, frozen=("S0.6", "S0.8"), frozen_with=sgd)
 
 
