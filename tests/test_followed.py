@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -147,3 +148,13 @@ def test_bar_on_a_terminal_has_speed_and_losses(tmp_path: Path, monkeypatch: pyt
     assert "memory 11.5 GiB" in last
     (kept,) = logged(tmp_path, "step")
     assert (kept["losses"], kept["memory_gib"]) == (window.losses, 11.52), "the log has it all the same"
+
+
+@pytest.mark.parametrize("left", [b"", b'{"event": "step", "st', b"{", b'{"event": "start"}\n{"event": "step"'])
+def test_line_that_a_kill_tore_is_cut_off_before_the_next(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"event": "start"}\n' + left)
+    with Telemetry(RunFolder(tmp_path), first=True, step=0) as shown:
+        shown.event("resumed", step=3)
+        shown.event("end")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start"] * (1 + left.count(b"\n")) + ["resumed", "end"]

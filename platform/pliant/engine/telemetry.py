@@ -6,6 +6,7 @@ Only the first rank speaks. A log that cannot be written (a full disk) is said o
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -232,5 +233,10 @@ class Telemetry:
 
 
 def _append(folder: RunFolder, entry: Mapping[str, Any]) -> None:
-    with folder.log.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    """A line of the log. What a kill or a full disk left of a line before it is cut off."""
+    with folder.log.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.truncate(folder.log.read_bytes().rfind(b"\n") + 1)
+        file.write(json.dumps(entry).encode() + b"\n")
