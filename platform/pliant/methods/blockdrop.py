@@ -207,13 +207,17 @@ class BlockDrop(GatingRecipe):
 
         logits = roll_out(sampled)
         reward = self.reward(logits, batch.labels, torch.stack(actions, 1), first, gamma)
-        again = ask if self.decide == "once" else net.gates.begin(batch.images, None)
+        again = self._asked_again(net, batch.images, ask)
         advantage = reward - self._greedy_reward(again, batch.labels, roll_out, first, gamma)
         probability = torch.stack(probabilities, 1)
         loss = policy_loss(log_probability(probability, torch.stack(actions, 1)), advantage)
         if self.entropy:
             loss = loss - self.entropy * entropy(probability).sum(1).mean()
         return Pass("policy", loss, self._metrics(reward, advantage, torch.stack(actions, 1), first))
+
+    def _asked_again(self, net: GatedNet, images: Tensor, said: Ask) -> Ask:
+        """For a second roll-out: what was said once for all blocks, or gates that decide in turn, from the start."""
+        return said if self.decide == "once" else net.gates.begin(images, None)
 
     def _greedy_reward(
         self, ask: Ask, labels: Tensor, roll_out: Callable[[Decide], Tensor], always: int, gamma: float
@@ -251,8 +255,7 @@ class BlockDrop(GatingRecipe):
             return answer
 
         said = walk.gate_logits.detach()
-        once = self.decide == "once"
-        again: Ask = (lambda number, x: said[:, number]) if once else net.gates.begin(batch.images, None)
+        again = self._asked_again(net, batch.images, lambda number, x: said[:, number])
         advantage = reward - self._greedy_reward(again, batch.labels, roll_out, 0, self.joint_gamma)
         likely = log_probability(torch.stack(probabilities, 1), walk.open)
         loss = supervised + policy_loss(likely, advantage)
