@@ -250,12 +250,12 @@ class Trainer:
         due = step % every == 0 if every else self.schedule.due(step, 1.0)
         due = due or beat.save or (self.state.evaluated == step and self.state.score is not None)  # it may be the best
         last = step == self.schedule.total
-        staged = step == self.schedule.before(stage + 1) and not last
-        if due or staged or last or stopping:
+        ended = step > 0 and not last and self.schedule.locate(step)[1] == 0  # a stage; also where it is gone on from
+        if due or ended or last or stopping:
             late = self._heed(self.beats.last())  # of this step: a checkpoint counts it
             stopping = stopping or (late.stop and not last)
             score = self.state.score if self.state.evaluated == step else None
-            self.saver.save(step, self._checkpoint(stage), score=score, must=last or stopping, lasting=staged)
+            self.saver.save(step, self._checkpoint(stage), score=score, must=last or stopping, lasting=ended)
         if stopping:
             raise Interrupted(
                 f"Stopped after step {step} of {self.schedule.total}, with a checkpoint in {self.folder.path}.",
